@@ -1,0 +1,304 @@
+"""Config files and --key=value options -> one typed, checked, frozen dataclass.
+
+A config file is a Python file of plain assignments, nanoGPT's habit. It is read in a namespace of its own, every value is checked
+against the dataclass exactly as an option is, and the options given on the command line win over the files:
+
+    python train.py config/quick.py --max_iters=200
+
+A file may start from another one: `base = "quick.py"` (a path relative to the file) is read first, then the file's own lines.
+Config files are Python: they are as trusted as train.py itself, so run only those you have read.
+
+This module imports neither torch nor numpy, so --help and a misspelt key answer at once.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one line: what, which value, what to do. Ends in exit status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The keys of a training run. Names and defaults are nanoGPT's where it has the key. The trailing comments are what --help prints.
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a GPT: python train.py [config/FILE.py ...] [--key=value ...]"""
+
+    # input and output
+    out_dir: str = "out"  # directory of the run: last/, best/, metrics.jsonl
+    overwrite: bool = False  # start anew in an out_dir that already holds a run
+    eval_interval: int = 2000  # steps between evaluations (and checkpoints)
+    eval_tokens: int = 0  # validation tokens read per evaluation, evenly spaced; 0: the whole validation set
+    log_interval: int = 1  # steps between two lines of the log
+    eval_only: bool = False  # evaluate once and stop
+    always_save_checkpoint: bool = True  # write last/ at every evaluation; False: only at the end and when interrupted
+    init_from: str = "scratch"  # scratch, resume, a checkpoint directory (OUT_DIR/best) or nanoGPT's PATH/ckpt.pt
+    wandb_log: bool = False  # log to Weights & Biases as well
+    wandb_project: str = "graph-diffusion"  # project name there
+    wandb_run_name: str = ""  # run name there; empty: out_dir
+    # data
+    dataset: str = "openwebtext"  # a name under data/, or a directory with train.bin, val.bin and meta.json
+    gradient_accumulation_steps: int = 40  # batches per optimizer step, over all processes
+    batch_size: int = 12  # sequences per batch
+    block_size: int = 1024  # tokens per sequence (T)
+    # model
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads
+    n_embd: int = 768  # channels (C)
+    vocab_size: int = 0  # rows of the token table; 0: the tokenizer's size
+    dropout: float = 0.0  # on embeddings, attention weights and both branches
+    bias: bool = False  # biases in Linear and LayerNorm
+    # graph diffusion: y = lambda (A v - alpha v) instead of y = A v
+    diffusion: bool = False  # A - I instead of A
+    diffusion_alpha: float = 1.0  # weight of the identity
+    diffusion_lambda: float = 1.0  # scale of the whole
+    diffusion_heads: tuple[int, ...] = ()  # trailing heads that diffuse: empty all, 2 in each layer, 0,0,2,4 by layer
+    # AdamW
+    learning_rate: float = 6e-4  # after the warm-up
+    max_iters: int = 600000  # optimizer steps
+    weight_decay: float = 1e-1  # on matrices only
+    beta1: float = 0.9  # AdamW's first moment
+    beta2: float = 0.95  # AdamW's second moment
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    # schedule
+    decay_lr: bool = True  # warm-up and cosine; False: constant
+    warmup_iters: int = 2000  # steps of linear warm-up
+    lr_decay_iters: int | None = None  # end of the cosine; None: max_iters
+    min_lr: float | None = None  # at the end of the cosine; None: learning_rate / 10
+    # where and how it runs
+    seed: int = 1337  # of the initial weights, the data order and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16 (autocast; weights stay float32)
+    compile: bool | None = None  # torch.compile; None: on CUDA
+    cuda_graph: bool | None = None  # the whole step as one CUDA graph; None: on one GPU, up to 64 k tokens a step
+
+    def check(self) -> "TrainConfig":
+        """Cross-checks between keys. Returns self. Raises InputError with the key, its value and the way out."""
+
+        def need(ok: bool, message: str):
+            if not ok:
+                raise InputError(message)
+
+        for key in ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd"):
+            need(getattr(self, key) >= 1, f"--{key}={getattr(self, key)} must be at least 1")
+        for key in ("eval_tokens", "vocab_size", "max_iters", "warmup_iters", "seed", "weight_decay", "grad_clip"):
+            need(getattr(self, key) >= 0, f"--{key}={getattr(self, key)} must not be negative")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            finite = not isinstance(value, float) or abs(value) < float("inf")
+            need(finite, f"--{field.name}={value} must be a finite number")
+        need(0 <= self.dropout < 1, f"--dropout={self.dropout} must be in [0, 1)")
+        need(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, f"--beta1={self.beta1} and --beta2={self.beta2} must be in [0, 1)")
+        need(self.learning_rate > 0, f"--learning_rate={self.learning_rate} must be positive")
+        need(self.seed < 2**63, f"--seed={self.seed} must be below 2**63")
+        need(
+            self.n_embd % self.n_head == 0,
+            f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}: each head has n_embd / n_head channels",
+        )
+        check_diffusion_heads(self.diffusion_heads, self.n_layer, self.n_head)
+        keys_of_arm = ("diffusion_alpha", "diffusion_lambda", "diffusion_heads")
+        changed = [key for key in keys_of_arm if getattr(self, key) != getattr(TrainConfig, key)]
+        need(self.diffusion or not changed, f"--{'/'.join(changed)} has no effect without --diffusion=True")
+        if self.decay_lr:
+            end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+            need(
+                self.warmup_iters < end or self.max_iters == 0,
+                f"--warmup_iters={self.warmup_iters} must be shorter than the schedule of {end} steps (lr_decay_iters, else max_iters)",
+            )
+            if self.min_lr is not None:
+                need(0 <= self.min_lr <= self.learning_rate, f"--min_lr={self.min_lr} must lie between 0 and --learning_rate={self.learning_rate}")
+        need(self.dtype in ("auto", "float32", "bfloat16", "float16"), f"--dtype={self.dtype} must be auto, float32, bfloat16 or float16")
+        need(
+            re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
+            f"--device={self.device} must be auto, cpu, cuda, cuda:N or mps",
+        )
+        need(self.out_dir != "", "--out_dir is empty: name a directory")
+        return self
+
+
+def check_diffusion_heads(heads: tuple[int, ...], n_layer: int, n_head: int):
+    """Raises InputError unless `heads` is empty, one number, or one number per layer, each in 0..n_head."""
+    if len(heads) not in (0, 1, n_layer):
+        raise InputError(f"--diffusion_heads={','.join(map(str, heads))} has {len(heads)} numbers: give one, or one per layer ({n_layer})")
+    if any(not 0 <= h <= n_head for h in heads):
+        raise InputError(f"--diffusion_heads={','.join(map(str, heads))} must lie between 0 and n_head={n_head}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Parsing
+
+# nanoGPT keys that have no place here, and what to do instead
+RETIRED = {
+    "eval_iters": "evaluation reads a fixed part of the validation set: use --eval_tokens (0 = all of it)",
+    "backend": "the backend follows from the device (nccl on CUDA, gloo elsewhere)",
+}
+
+
+def _bool_and_int_tuple_rule(type_info) -> PrimitiveConstructorSpec | None:
+    """tyro rule: true/false in any case, and 0,0,2,4 for a tuple of int."""
+    if type_info.type is bool:
+        words = {"true": True, "1": True, "false": False, "0": False}
+
+        def to_bool(strings):
+            if strings[0].lower() not in words:
+                raise ValueError(f"{strings[0]!r} is neither True nor False")
+            return words[strings[0].lower()]
+
+        return PrimitiveConstructorSpec(
+            nargs=1, metavar="{True,False}", instance_from_str=to_bool, is_instance=lambda x: isinstance(x, bool), str_from_instance=lambda x: [str(x)]
+        )
+    if type_info.type == tuple[int, ...]:
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="INT[,INT...]",
+            instance_from_str=lambda strings: tuple(int(part) for part in strings[0].split(",") if part.strip()),
+            is_instance=lambda x: isinstance(x, tuple) and all(isinstance(i, int) for i in x),
+            str_from_instance=lambda x: [",".join(map(str, x))],
+        )
+    return None
+
+
+_registry = ConstructorRegistry()
+_registry.primitive_rule(_bool_and_int_tuple_rule)
+
+
+def _parse(cls, args: list[str], origin: str):
+    """Parses --key=value strings with tyro; its boxed error becomes one line that starts with `origin`. --help prints and exits."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured), _registry:
+            return tyro.cli(cls, args=args, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip("│╭╮╰╯─ \t") for line in captured.getvalue().splitlines()]
+        cause = []
+        for line in lines[1:]:  # the first line is the title of the box, a ruler of dashes ends the cause
+            if not line:
+                break
+            cause.append(line)
+        message = re.sub(r"\s+", " ", " ".join(cause)).removeprefix("Error parsing ")
+        raise InputError(f"{origin}{message or 'cannot parse ' + ' '.join(args)}") from None
+
+
+def check_keys(keys: list[str], known: list[str], origin: str = ""):
+    """Raises InputError for the first of `keys` that is not in `known`, with the nearest known one."""
+    for key in keys:
+        if key in known:
+            continue
+        if key in RETIRED:
+            raise InputError(f"{origin}key {key!r} is not used here: {RETIRED[key]}")
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"perhaps you meant {near[0]!r}" if near else "--help lists the keys"
+        raise InputError(f"{origin}unknown key {key!r}; {hint}")
+
+
+def field_names(cls) -> list[str]:
+    """The keys of a config dataclass, in order."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def read_config_file(path: str | os.PathLike, _open: tuple[Path, ...] = ()) -> dict[str, object]:
+    """The plain values that a config file assigns, after those of the file it names as `base`.
+
+    Names with a leading underscore, modules and functions are the file's own business. Raises InputError when the file is missing,
+    is not valid Python, or includes itself.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"config file {path} does not exist")
+    if path.resolve() in _open:
+        raise InputError(f"config file {path} includes itself through `base`")
+    try:
+        namespace = runpy.run_path(str(path))
+    except Exception as error:  # whatever the user's file raises, its name and the line matter, not our stack
+        where = getattr(error, "lineno", None)
+        traceback = error.__traceback__
+        while traceback is not None:
+            if traceback.tb_frame.f_code.co_filename == str(path):
+                where = traceback.tb_lineno
+            traceback = traceback.tb_next
+        raise InputError(f"config file {path}{f', line {where}' if where else ''}: {type(error).__name__}: {error}".replace("\n", " ")) from None
+    plain = (bool, int, float, str, tuple, list, type(None))
+    values = {key: value for key, value in namespace.items() if not key.startswith("_") and isinstance(value, plain)}
+    if "base" in values:
+        base = values.pop("base")
+        return read_config_file(path.parent / str(base), (*_open, path.resolve())) | values
+    return values
+
+
+def _as_option(key: str, value) -> str:
+    return f"--{key}={','.join(map(str, value)) if isinstance(value, tuple | list) else value}"
+
+
+def split_arguments(args: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Command line -> (words that are not options, [(key, value), ...]).
+
+    `--key=value` and `--key value` are the same; a hyphen in a key is an underscore. Raises InputError for a key without a value.
+    """
+    words, options = [], []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("--"):
+            words.append(arg)
+            continue
+        key, equals, value = arg[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise InputError(f"--{key} needs a value: --{key}=VALUE")
+            value = rest.pop(0)
+        options.append((key.replace("-", "_"), value))
+    return words, options
+
+
+def build(cls, files: list[str], options: list[tuple[str, str]]):
+    """Files, then options, into one checked instance of the dataclass `cls`. Raises InputError."""
+    known = field_names(cls)
+    args = []
+    for file in files:
+        values = read_config_file(file)
+        origin = f"config file {file}: "
+        check_keys(list(values), known, origin)
+        file_args = [_as_option(key, value) for key, value in values.items()]
+        _parse(cls, file_args, origin)  # alone first, so that a wrong type names the file
+        args += file_args
+    check_keys([key for key, _ in options], known)
+    config = _parse(cls, args + [f"--{key}={value}" for key, value in options], "")
+    return config.check() if hasattr(config, "check") else config
+
+
+def configure(cls, args: list[str] | None = None):
+    """The command line of a script -> one checked, frozen `cls`. Prints the help and exits 0 for --help. Raises InputError."""
+    args = sys.argv[1:] if args is None else list(args)
+    if "--help" in args or "-h" in args:
+        _parse(cls, ["--help"], "")
+    words, options = split_arguments(args)
+    for word in words:
+        if not word.endswith(".py"):
+            raise InputError(f"{word!r} is neither an option (--key=value) nor a config file (FILE.py)")
+    return build(cls, words, options)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around a script's main: an InputError prints as one line on stderr and exits with status 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
