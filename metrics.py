@@ -1,0 +1,68 @@
+"""The log of a run: OUT_DIR/metrics.jsonl, one JSON object a line, and Weights & Biases when asked for."""
+
+import fcntl
+import json
+from pathlib import Path
+
+from configurator import InputError
+
+KEYS = ("step", "train_loss", "val_loss", "ms", "tokens_per_s", "lr", "grad_norm", "mfu")
+
+
+class Metrics:
+    """Rows with the keys of KEYS, null where a row does not have the value; each row is on disk when `record` returns.
+
+    train_loss: mean over the steps since the last row (nats); val_loss: mean over the validation set; ms: per iteration, without evaluation.
+    The open file is locked, so that two trainings cannot share a directory; a dead process holds no lock.
+    """
+
+    def __init__(self, out_dir: Path, resume_at: int | None = None, overwrite: bool = False, wandb_options: dict | None = None):
+        """`resume_at` keeps the rows up to that step and drops later ones; None starts a new log, over an old one only with `overwrite`.
+
+        `wandb_options` are the arguments of wandb.init. Raises InputError: directory not writable, in use, or holding a run; wandb not working.
+        """
+        path = out_dir / "metrics.jsonl"
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "a+")
+        except OSError as error:
+            raise InputError(f"cannot write in --out_dir={out_dir}: {error.strerror}") from None
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another training is writing to --out_dir={out_dir}: choose another") from None
+        taken = path.stat().st_size > 0 or (out_dir / "last" / "checkpoint.json").exists()
+        if taken and resume_at is None and not overwrite:
+            raise InputError(f"--out_dir={out_dir} holds a run: --init_from=resume continues it, --overwrite=True replaces it, or choose another")
+        self.file.seek(0)
+        keep = 0
+        while resume_at is not None and (line := self.file.readline()).endswith("\n") and json.loads(line)["step"] <= resume_at:
+            keep = self.file.tell()
+        self.file.truncate(keep)
+        self.wandb = None
+        if wandb_options is not None:
+            try:
+                import wandb
+
+                self.wandb = wandb.init(dir=out_dir, **wandb_options)
+            except Exception as error:  # wandb's errors have no common class
+                raise InputError(f"--wandb_log=True: {type(error).__name__}: {error} (pip install wandb; WANDB_MODE=offline needs no account)") from None
+
+    def record(self, **values):
+        """Appends one row."""
+        self.file.write(json.dumps({key: values.get(key) for key in KEYS}) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(values)
+
+    def close(self):
+        """Closes the file, which releases the lock, and ends the wandb run."""
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_metrics(out_dir: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

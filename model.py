@@ -1,0 +1,251 @@
+"""A GPT-2 whose attention can be graph diffusion, in one flat file that imports nothing of the project.
+
+    y = A v                        the ordinary transformer (diffusion = False)
+    y = lambda (A v - alpha v)     graph diffusion (diffusion = True); alpha = lambda = 1 is the A - I of arXiv 2507.21040
+
+A is the row-stochastic attention matrix of a head, the identity is subtracted after the softmax (and after dropout of A). A v comes from the
+fused kernel and v is subtracted from it, so A is never stored and both arms run the same kernel. W_o absorbs the sign: I - A is the same model.
+
+Module and parameter names are GPT-2's, by way of nanoGPT, so that weights load by equal keys. Shapes in trailing comments: B sequences,
+T tokens, C channels, H heads, d = C / H.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Architecture of a GPT. The keys are described in configurator.TrainConfig; `vocab_size` counts the rows of the token table."""
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = False
+    diffusion: bool = False
+    diffusion_alpha: float = 1.0
+    diffusion_lambda: float = 1.0
+    diffusion_heads: tuple[int, ...] = ()  # trailing heads that diffuse: () all, (h,) in every layer, or one number per layer
+    causal = True  # no annotation, hence no field: a GPT attends to the past
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def diffuse(y, v, alpha: float, lam: float, heads: int):
+    """Graph diffusion from attention's output: lambda (A v - alpha v) on the last `heads` heads, A v on the others.
+
+    y = A v and v are (B, H, T, d); returns the same shape. THEORY: arXiv 2507.21040, the gradient step (A - I) X of Laplacian Eigenmaps.
+    """
+    if heads == 0:
+        return y
+    if heads < y.size(1):
+        kept, diffusing = y[:, :-heads], diffuse(y[:, -heads:], v[:, -heads:], alpha, lam, heads)
+        return torch.cat((kept, diffusing), dim=1)
+    y = y - v if alpha == 1 else torch.sub(y, v, alpha=alpha)
+    return y if lam == 1 else lam * y
+
+
+def attention_matrix(q, k, causal: bool = True):
+    """A = softmax(q k^T / sqrt(d)), stored: (B, H, T, d) twice -> (B, H, T, S). For tests and figures; training never forms it."""
+    logits = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    if causal:
+        T, S = logits.shape[-2:]
+        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)
+        logits = logits.masked_fill(future, -math.inf)
+    return logits.softmax(dim=-1)
+
+
+def attention_reference(q, k, v, causal=True, diffusion=False, alpha=1.0, lam=1.0, heads=None):
+    """The plain form of both arms, with the matrix G = lambda (A - alpha I) stored for each diffusing head: (B, H, T, d) x 3 -> (B, H, T, d)."""
+    A = attention_matrix(q, k, causal)
+    if diffusion:
+        first = A.size(1) - (A.size(1) if heads is None else heads)
+        identity = torch.eye(A.size(-1), dtype=A.dtype, device=A.device)
+        A = torch.cat((A[:, :first], lam * (A[:, first:] - alpha * identity)), dim=1)
+    return A @ v
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for decoding one token at a time. `length` counts them."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
+        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.entries = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k, v):
+        """Appends (B, H, T, d) keys and values of one layer; returns all of them, (B, H, length + T, d). GPT.forward moves `length`."""
+        end = self.length + k.size(2)
+        self.entries[layer, 0, :, :, self.length : end] = k
+        self.entries[layer, 1, :, :, self.length : end] = v
+        return self.entries[layer, 0, :, :, :end], self.entries[layer, 1, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention, or graph diffusion when config.diffusion. Full instead of causal when config.causal is False."""
+
+    def __init__(self, config, layer: int):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.layer, self.n_head, self.dropout, self.causal = layer, config.n_head, config.dropout, config.causal
+        self.alpha, self.lam = config.diffusion_alpha, config.diffusion_lambda
+        heads = config.diffusion_heads or (config.n_head,)
+        self.diffusing_heads = heads[layer if len(heads) > 1 else 0] if config.diffusion else 0
+
+    def forward(self, x, cache: KVCache | None = None):
+        B, T, C = x.size()
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, d)
+        keys, values, mask, causal = k, v, None, self.causal
+        if cache is not None:
+            past = cache.length
+            keys, values = cache.extend(self.layer, k, v)
+            if past > 0:  # SDPA's own causal mask assumes that the first query is the first key
+                causal = False
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if T > 1 else None
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=causal)
+        y = diffuse(y, v, self.alpha, self.lam, self.diffusing_heads)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Block
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias, which nn.LayerNorm could not switch off when GPT-2's parameter names were fixed."""
+
+    def __init__(self, width: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class MLP(nn.Module):
+    """Feed-forward branch: C -> 4 C -> C with the exact GELU."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm transformer block: x + attention(LN x), then x + MLP(LN x)."""
+
+    def __init__(self, config, layer: int):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache: KVCache | None = None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# GPT
+
+
+class GPT(nn.Module):
+    """GPT-2: learned positions, pre-LayerNorm blocks, output layer tied to the token table.
+
+    GPT(config)(idx, targets) -> (logits, loss). The constructor does not draw weights from torch's global generator; `init_weights(seed)` does
+    so from its own, and the constructor calls it with seed 0.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
+        self.config = config
+        with torch.device("meta"):  # no time and no random numbers spent on weights that init_weights overwrites
+            self.transformer = nn.ModuleDict(
+                dict(
+                    wte=nn.Embedding(config.vocab_size, config.n_embd),
+                    wpe=nn.Embedding(config.block_size, config.n_embd),
+                    drop=nn.Dropout(config.dropout),
+                    h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                    ln_f=LayerNorm(config.n_embd, config.bias),
+                )
+            )
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.to_empty(device="cpu")
+        self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights(seed=0)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int):
+        """GPT-2's initialisation in place: normal(0.02), residual projections 0.02 / sqrt(2 n_layer), biases 0, LayerNorm gains 1.
+
+        Each parameter has a generator of its own, from the seed and its name, on the CPU: the same weights on every device, and a parameter that
+        only one arm has leaves the others' weights alone.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif ".ln_" in name:
+                parameter.fill_(1)
+            else:
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                key = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1, np.uint64)[0]
+                generator = torch.Generator().manual_seed(int(key >> 1))
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+
+    def forward(self, idx, targets=None, cache: KVCache | None = None):
+        """idx, targets: (B, T) int64; a target of -1 is ignored. Returns logits and the mean cross-entropy in nats.
+
+        Without targets the logits are those of the last position, (B, 1, vocab_size), and the loss is None. With a cache, idx continues the
+        tokens in it. Raises ValueError when the context is longer than block_size.
+        """
+        past = 0 if cache is None else cache.length
+        T = idx.size(1)
+        if past + T > self.config.block_size:
+            raise ValueError(f"context of {past + T} tokens is longer than block_size {self.config.block_size}")
+        positions = torch.arange(past, past + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length += T
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)  # (B, T, vocab_size)
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters, the tied table counted once; without the position table by default, as nanoGPT counts."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward per token: 6 N + 12 L C T (PaLM, arXiv 2204.02311, appendix B).
+
+        The causal half of the attention matrix is counted in full, as nanoGPT counts, so that MFU figures compare.
+        """
+        c = self.config
+        return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size

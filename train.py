@@ -1,0 +1,398 @@
+"""Trains a GPT on one CPU, one GPU or many, with A or with A - I.
+
+    python train.py config/shakespeare_char_laplacian.py --learning_rate=2e-3
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2_laplacian.py
+
+Everything random is a pure function of (seed, step): the batch, dropout, and the initial weights of the seed alone. So resuming needs only the
+step, evaluation cannot disturb training, and two arms with one seed see the same data and start from the same weights.
+
+From top to bottom: the program (data, model, optimizer and the compiled step, built once), then the loop (one seed of that program).
+compare.py builds one program per arm and runs the loop once per seed.
+"""
+
+from configurator import InputError, TrainConfig, configure, one_line_errors
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt key answer at once
+    with one_line_errors():
+        command_line = configure(TrainConfig)
+
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import checkpoint
+from dataset import Tokens, prepare_if_missing
+from metrics import Metrics
+from model import GPT, GPTConfig
+from place import Place, cpu_hours, find_place, say
+
+DROPOUT_STREAM = 2  # SeedSequence keys (seed, stream, step, rank): dataset.py's data order is stream 1
+GRAPH_TOKENS = 65536  # tokens a step up to which launching kernels takes so long that a CUDA graph pays
+
+
+class Diverged(Exception):
+    """The loss or the gradient of `step` is no longer finite."""
+
+    def __init__(self, step: int, loss: float, norm: float):
+        super().__init__(f"step {step}: loss {loss}, gradient norm {norm}: not finite, so training stops")
+        self.step = step
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C arrived, and the state has been saved. `signal` is its number."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.signal = signal_number
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The program: what does not depend on the seed
+
+
+class Program(NamedTuple):
+    """A config made ready to run. `step(seed, i)` does optimizer step i (from 0) and returns (loss, gradient norm), tensors on the device."""
+
+    config: TrainConfig
+    place: Place
+    data: Tokens
+    model: GPT
+    weights: dict | None  # given by init_from, None for init_weights(seed)
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: Callable
+    evaluate: Callable
+    mode: str
+
+
+def starting_weights(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
+    """The weights that init_from names, and the config with their architecture; (config, None) for scratch and resume. Raises InputError."""
+    if config.init_from in ("scratch", "resume"):
+        return config, None
+    if config.init_from.endswith(".pt"):
+        weights, architecture = checkpoint.read_nanogpt(Path(config.init_from))
+    else:
+        weights, architecture = checkpoint.read_weights(Path(config.init_from))
+    sizes = {key: architecture[key] for key in ("n_layer", "n_head", "n_embd", "bias", "vocab_size")}
+    if config.block_size > architecture["block_size"]:
+        raise InputError(f"--block_size={config.block_size} is longer than the {architecture['block_size']} positions of {config.init_from}")
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
+    return dataclasses.replace(config, **sizes).check(), weights
+
+
+def make_optimizer(config: TrainConfig, model: GPT, graphed: bool) -> torch.optim.AdamW:
+    """AdamW, fused, with weight decay on matrices alone. Its state exists from the start, so that it is loaded and reset in place."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # a CUDA graph reads the learning rate from a tensor: a number would stay what it was at capture
+    lr = torch.tensor(0.0, device=parameters[0].device) if graphed else 0.0
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), fused=True, capturable=graphed)
+    for p in parameters:
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate of optimizer step `step` (from 0): linear warm-up, half a cosine down to min_lr, constant after that."""
+    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    low = config.learning_rate / 10 if config.min_lr is None else config.min_lr
+    if not config.decay_lr:
+        return config.learning_rate
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def tokens_per_step(config: TrainConfig) -> int:
+    """Tokens of the global batch."""
+    return config.batch_size * config.gradient_accumulation_steps * config.block_size
+
+
+def build(config: TrainConfig, place: Place) -> Program:
+    """Data, model, optimizer, and the step compiled as far as the machine allows. Raises InputError for unusable data or keys."""
+    config, weights = starting_weights(config)
+    data = Tokens(config.dataset, config.block_size, place.device)
+    if 0 < config.vocab_size < data.vocab_size:
+        raise InputError(f"--vocab_size={config.vocab_size} is smaller than the {data.vocab_size} tokens of --dataset={config.dataset}")
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)}
+    model = GPT(GPTConfig(**shared | {"vocab_size": config.vocab_size or data.vocab_size})).to(place.device)
+    network = torch.nn.parallel.DistributedDataParallel(model) if place.world > 1 else model
+
+    # The global batch has the same rows for any number of processes; this one takes its share, in micro-batches of at most batch_size rows.
+    rows = config.batch_size * config.gradient_accumulation_steps
+    if rows < place.world:
+        raise InputError(f"the global batch of {rows} sequences is too small for {place.world} processes: raise --gradient_accumulation_steps")
+    mine = np.array_split(np.arange(rows), place.world)[place.rank]
+    micro_batches = np.array_split(mine, math.ceil(len(mine) / config.batch_size))
+    offsets = [torch.zeros(len(micro_batch), dtype=torch.int64, device=data.home) for micro_batch in micro_batches]
+
+    compiled = place.device.type == "cuda" if config.compile is None else config.compile
+    graphed = place.device.type == "cuda" and place.world == 1 and compiled and place.dtype != torch.float16
+    if config.cuda_graph and not graphed:
+        raise InputError("--cuda_graph=True needs one CUDA device, compile, and bfloat16 or float32")
+    graphed = graphed and (tokens_per_step(config) <= GRAPH_TOKENS if config.cuda_graph is None else config.cuda_graph)
+    optimizer = make_optimizer(config, model, graphed)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
+
+    def loss_of(x, y):  # (B, T) inputs and targets -> mean loss; the logits stay inside, where the compiler can fuse them
+        with place.autocast():
+            return network(x, y)[1]
+
+    def validation_loss_of(x, y):
+        with place.autocast():
+            return model(x, y)[1]
+
+    if compiled:
+        loss_of, validation_loss_of = torch.compile(loss_of, dynamic=False), torch.compile(validation_loss_of, dynamic=False)
+
+    def update():
+        """Forward, backward, clipping and AdamW on the sequences that `offsets` names."""
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=place.device)
+        for i, starts in enumerate(offsets):
+            last = i == len(offsets) - 1
+            with contextlib.nullcontext() if last or place.world == 1 else network.no_sync():
+                loss = loss_of(*data.sequences(starts)) * (len(starts) / rows)
+                scaler.scale(loss * place.world).backward()  # DDP divides the sum over processes by their number
+            total += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        return total, norm
+
+    run = update
+    if compiled:  # on weights that the loop overwrites; compilation happens here, where it can still be given up
+        try:
+            update()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            warnings.warn(f"torch.compile FAILED here; going on without it, slower: {type(error).__name__}: {str(error).splitlines()[0]}")
+            return build(dataclasses.replace(config, compile=False, cuda_graph=False), place)
+    if graphed:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            update()
+            update()
+        torch.cuda.current_stream().wait_stream(side)
+        optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = update()
+
+        def run():
+            graph.replay()
+            return results
+
+    def step(seed: int, i: int):
+        order = data.offsets(seed, i, rows)
+        for starts, micro_batch in zip(offsets, micro_batches):
+            starts.copy_(torch.from_numpy(order[micro_batch]))
+        key = np.random.SeedSequence([seed, DROPOUT_STREAM, i, place.rank]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(key >> 1))  # the global generators serve dropout alone
+        for group in optimizer.param_groups:
+            if graphed:
+                group["lr"].fill_(learning_rate(config, i))
+            else:
+                group["lr"] = learning_rate(config, i)
+        model.train()
+        return run()
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        """Mean cross-entropy over the validation set, or eval_tokens of it: summed, reduced over processes, divided once."""
+        model.eval()
+        batches = data.validation(config.batch_size, config.eval_tokens, place.rank, place.world)
+        parts = [(validation_loss_of(x, y), count) for x, y, count in batches]
+        counts = torch.tensor([count for _, count in parts], dtype=torch.float64)
+        losses = torch.stack([loss for loss, _ in parts]).cpu().double() if parts else counts
+        total = torch.stack((losses @ counts, counts.sum()))
+        if place.world > 1:
+            total = total.to(place.device)
+            dist.all_reduce(total)
+        return float(total[0] / total[1])
+
+    mode = "eager" if not compiled else "compiled, one CUDA graph per step" if graphed else "compiled"
+    return Program(config, place, data, model, weights, optimizer, scaler, step, evaluate, mode)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The loop: one seed of a program
+
+
+def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
+    """Puts the initial state into the program's tensors: init_from=resume > given weights > init_weights(seed).
+
+    Returns the step to begin at and checkpoint.json of the run to continue ({} for a new one). Raises InputError.
+    """
+    config, model, last = program.config, program.model, out_dir / "last"
+    if config.init_from == "resume":
+        meta = checkpoint.read_meta(last)
+        for key, ours in dataclasses.asdict(model.config).items():
+            theirs = tuple(meta["model"][key]) if isinstance(ours, tuple) else meta["model"][key]
+            if ours != theirs:
+                raise InputError(f"{last} was trained with {key}={theirs}, this run has {key}={ours}: resume with the same config")
+        if meta["data"] != program.data.checksum:
+            raise InputError(f"{last} was trained on other data: the sha256 of train.bin or val.bin of --dataset={config.dataset} differs")
+        if meta["config"]["seed"] != seed:
+            raise InputError(f"{last} was trained with --seed={meta['config']['seed']}: with --seed={seed} it would be another run")
+        checkpoint.load_into(last, meta, model, program.optimizer)
+        program.scaler.load_state_dict(meta["scaler"])
+        return meta["step"], meta
+    for state in program.optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+    if program.weights is None:
+        model.init_weights(seed)
+    else:
+        checkpoint.copy_weights(model, program.weights, config.init_from)
+    return 0, {}
+
+
+def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: bool = False) -> dict:
+    """Trains one seed of `program` to max_iters; logs to out_dir/metrics.jsonl, checkpoints in out_dir/last and out_dir/best if `save`.
+
+    Returns step, best_val_loss, best_step, val_loss (the last), curve [[step, val_loss], ...], seconds (all of it), ms (per iteration, without
+    evaluation) and tokens_per_s. Raises Diverged, Interrupted, InputError.
+    """
+    config, place, model = program.config, program.place, program.model
+    main = place.rank == 0
+    began = time.perf_counter()
+    step, resumed = start_state(program, seed, out_dir)
+    progress = {key: resumed.get(key) for key in ("val_loss", "best_val_loss", "best_step")}
+    metrics = None
+    if main and not config.eval_only:
+        wandb = {"project": config.wandb_project, "name": config.wandb_run_name or str(out_dir), "config": dataclasses.asdict(config)}
+        metrics = Metrics(out_dir, step if resumed else None, config.overwrite, wandb if config.wandb_log else None)
+
+    def record(**values):
+        if metrics:
+            metrics.record(**values)
+
+    def write(name: str):
+        if save and main and not config.eval_only:
+            entries = {"config": dataclasses.asdict(config) | {"seed": seed}, "data": program.data.checksum, "tokenizer": program.data.tokenizer}
+            entries |= {"generators": "batches and dropout are functions of (seed, step)", "scaler": program.scaler.state_dict(), **progress}
+            checkpoint.save(out_dir / name, model, program.optimizer if name == "last" else None, step, **entries)
+
+    caught = []  # signals; the loop looks at them between two steps
+    handlers = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    losses = torch.zeros(config.log_interval, device=place.device)  # of the steps not looked at yet: looking waits for the GPU
+    norms = torch.zeros_like(losses)
+    first, unread, done, train_seconds, curve = step, 0, 0, 0.0, []
+    bar = tqdm(total=config.max_iters, initial=step, disable=not main or not sys.stderr.isatty(), smoothing=0.05, leave=False)
+    try:
+        while True:
+            at_eval = step % config.eval_interval == 0 or step == config.max_iters
+            at_log = step % config.log_interval == 0 or at_eval
+            stop = caught[:1]
+            if place.world > 1 and at_log:  # all processes leave at the same step
+                everyone = [None] * place.world
+                dist.all_gather_object(everyone, caught)
+                stop = sum(everyone, [])[:1]
+            elif place.world > 1:
+                stop = []
+
+            if unread and (at_log or stop):
+                if place.world > 1:
+                    dist.all_reduce(losses)  # each process has summed its own rows
+                seen = list(zip(losses[:unread].tolist(), norms[:unread].tolist()))
+                seconds = time.perf_counter() - since
+                for i, (loss, norm) in enumerate(seen):
+                    if not math.isfinite(loss) or not (math.isfinite(norm) or program.scaler.is_enabled()):  # the scaler skips such a step
+                        raise Diverged(step - unread + i + 1, loss, norm)
+                loss = sum(loss for loss, _ in seen) / unread
+                ms, rate, lr = seconds / unread * 1e3, unread * tokens_per_step(config) / seconds, learning_rate(config, step - 1)
+                mfu = rate * model.flops_per_token() / (place.peak * place.world) if place.peak else None
+                record(step=step, train_loss=loss, ms=round(ms, 4), tokens_per_s=round(rate), lr=lr, grad_norm=norm, mfu=mfu)
+                done, train_seconds, unread = done + unread, train_seconds + seconds, 0
+                if main and not quiet and step % config.log_interval == 0:
+                    left = timedelta(seconds=round((config.max_iters - step) * train_seconds / done))
+                    say(f"iter {step}: loss {loss:.4f}, {ms:.2f} ms, {rate:,.0f} tok/s, " + (f"mfu {mfu:.1%}, " if mfu else "") + f"left {left}")
+
+            if config.eval_only or (at_eval and not stop and (step > first or not resumed)):
+                progress["val_loss"] = program.evaluate()
+                if progress["best_val_loss"] is None or progress["val_loss"] < progress["best_val_loss"]:
+                    progress |= {"best_val_loss": progress["val_loss"], "best_step": step}
+                curve.append([step, progress["val_loss"]])
+                record(step=step, val_loss=progress["val_loss"])
+                if main and not quiet:
+                    say(f"step {step}: val loss {progress['val_loss']:.4f}")
+                if progress["best_step"] == step > 0:
+                    write("best")
+                if step > 0 and (config.always_save_checkpoint or step == config.max_iters):
+                    write("last")
+            if step >= config.max_iters or config.eval_only:
+                break
+            if stop:
+                write("last")
+                raise Interrupted(stop[0], f"stopped at step {step}" + (f", saved in {out_dir / 'last'}; --init_from=resume continues" if save else ""))
+            if unread == 0:
+                since = time.perf_counter()
+            losses[unread], norms[unread] = program.step(seed, step)
+            step, unread = step + 1, unread + 1
+            bar.update()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        bar.close()
+        if metrics:
+            metrics.close()
+    speed = {"ms": train_seconds / done * 1e3, "tokens_per_s": done * tokens_per_step(config) / train_seconds} if done else {"ms": None, "tokens_per_s": None}
+    return {"step": step, **progress, "curve": curve, "seconds": time.perf_counter() - began, **speed}
+
+
+def main(config: TrainConfig) -> int:
+    """One run from the command line. Returns the exit status: 0, 1 for divergence, 128 + the signal's number when interrupted."""
+    place = find_place(config.device, config.dtype)
+    prepare_if_missing(config.dataset)
+    program = build(config, place)
+    if place.rank == 0:
+        arm = f"{config.diffusion_lambda:g} (A - {config.diffusion_alpha:g} I)" if config.diffusion else "A"
+        say(f"{program.model.num_params() / 1e6:.2f} M parameters, arm {arm}; {place.name()} x {place.world}, {place.dtype}, {program.mode}")
+        hours = cpu_hours(program.model.flops_per_token() * config.max_iters * tokens_per_step(config)) / place.world
+        if place.device.type == "cpu" and hours > 0.5:
+            length = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+            say(f"note: at least {length} on this CPU; config/quick.py and config/quick_laplacian.py are for CPUs and take a minute each")
+    try:
+        result = train(program, config.seed, Path(config.out_dir))
+    except Diverged as error:
+        if place.rank == 0:
+            print(f"error: {error}; the last checkpoint, if any, is from before it. Try a lower --learning_rate", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        if place.rank == 0:
+            say(str(error))
+        return 128 + error.signal
+    finally:
+        if place.world > 1:
+            dist.destroy_process_group()
+    if place.rank == 0 and not config.eval_only:
+        say(f"done: best val loss {result['best_val_loss']:.4f} at step {result['best_step']}, last {result['val_loss']:.4f}; see {config.out_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        with one_line_errors():
+            sys.exit(main(command_line))
+    except KeyboardInterrupt:  # before the first step there is nothing to save
+        sys.exit(128 + signal.SIGINT)
