@@ -6,6 +6,7 @@ requests and tqdm are imported inside the function, so that a script that may ne
 import contextlib
 import hashlib
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,6 @@ def _is_https(url: str) -> bool:
 def _cause(error: Exception) -> str:
     """A few words for an exception of requests, whose own message is a paragraph of nested reprs."""
     from requests import exceptions
-    from urllib3.exceptions import NameResolutionError, ReadTimeoutError
 
     chain, pending = [], [error]
     while pending:  # the telling error is wrapped several times, as cause, as context, as argument or as urllib3's .reason
@@ -42,13 +42,13 @@ def _cause(error: Exception) -> str:
         if isinstance(link, BaseException) and link not in chain:
             chain.append(link)
             pending += [link.__cause__, link.__context__, getattr(link, "reason", None), *link.args]
-    if any(isinstance(link, exceptions.Timeout | ReadTimeoutError) for link in chain):
+    if any(isinstance(link, exceptions.Timeout | TimeoutError) for link in chain):
         return "no answer in time"
     if isinstance(error, exceptions.SSLError):
         return "the server's certificate is not accepted"
     if isinstance(error, exceptions.ProxyError):
         return "the proxy gives no connection"
-    if any(isinstance(link, NameResolutionError) for link in chain):
+    if any(isinstance(link, socket.gaierror) for link in chain):
         return "its host name is not found (no network?)"
     if isinstance(error, exceptions.ChunkedEncodingError):
         return "the connection broke off before the end"

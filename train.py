@@ -39,6 +39,7 @@ from model import GPT, GPTConfig
 from place import Place, cpu_hours, find_place, say
 
 DROPOUT_STREAM = 2  # SeedSequence keys (seed, stream, step, rank): dataset.py's data order is stream 1
+EVAL_TOKENS = 8192  # tokens of a validation batch at least, however small the training batch is
 GRAPH_TOKENS = 65536  # tokens a step up to which launching kernels takes so long that a CUDA graph pays
 
 
@@ -220,7 +221,7 @@ def build(config: TrainConfig, place: Place) -> Program:
     def evaluate() -> float:
         """Mean cross-entropy over the validation set, or eval_tokens of it: summed, reduced over processes, divided once."""
         model.eval()
-        batches = data.validation(config.batch_size, config.eval_tokens, place.rank, place.world)
+        batches = data.validation(max(config.batch_size, EVAL_TOKENS // config.block_size), config.eval_tokens, place.rank, place.world)
         parts = [(validation_loss_of(x, y), count) for x, y, count in batches]
         counts = torch.tensor([count for _, count in parts], dtype=torch.float64)
         losses = torch.stack([loss for loss, _ in parts]).cpu().double() if parts else counts

@@ -6,8 +6,8 @@
 
 out_dir = "out-quick"
 dataset = "shakespeare_char"
-eval_interval = 100
-eval_tokens = 65536  # of the 111,540 of tinyshakespeare's validation set: an evaluation costs about as much as ten iterations
+eval_interval = 200
+eval_tokens = 65536  # of about 111,540 in the validation set
 log_interval = 10
 
 gradient_accumulation_steps = 1

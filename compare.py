@@ -1,0 +1,411 @@
+"""Is the change real? Arms x seeds -> a paired table, an interval, a verdict in one sentence, and figures.
+
+    python compare.py config/quick.py config/quick_laplacian.py --seeds=3
+    python compare.py config/quick.py "config/quick_laplacian.py --learning_rate=2e-3" --seeds=5 --max_iters=500
+    torchrun --standalone --nproc_per_node=8 compare.py config/shakespeare_char.py config/shakespeare_char_laplacian.py --seeds=16
+
+An arm is a config file, in quotes with options of its own; the first arm is the baseline. Options outside the quotes hold for all arms. Seed s of one
+arm is paired with seed s of the baseline: both start from the same weights of the parameters they share and see the same batches.
+
+A cell is one arm with one seed. Its result is written when its run has finished, so a killed comparison continues where it was, and torchrun spreads
+the cells over its processes. Cells made with other keys, data, code or device are refused, never mixed.
+
+The rules: the endpoint is named before the runs (--endpoint); every cell is reported; a run that diverges is counted as such and never averaged;
+the interval is the paired t interval (bootstrap intervals are too narrow for ten seeds or fewer); the p value is the exact sign-flip test's, which
+cannot go below 0.05 with fewer than six seeds.
+"""
+
+import dataclasses
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from configurator import InputError, TrainConfig, build as build_config, check_keys, configure, field_names, one_line_errors, split_arguments
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare arms over paired seeds: python compare.py CONFIG.py "CONFIG.py --key=value" ... [--seeds=N] [any key of train.py, for all arms]"""
+
+    seeds: int = 3  # seeds per arm
+    first_seed: int = 1  # seeds are first_seed, first_seed + 1, ...
+    endpoint: str = "best"  # what the verdict is about: best or last validation loss of a run
+    out_dir: str = ""  # cells, report and figures; empty: out-compare- and the arms' names
+    save_checkpoints: bool = False  # keep last/ and best/ of every cell
+
+    def check(self) -> "CompareConfig":
+        """Raises InputError for a value out of range; returns self."""
+        if not 1 <= self.seeds <= 10000:
+            raise InputError(f"--seeds={self.seeds} must be between 1 and 10000")
+        if self.first_seed < 0:
+            raise InputError(f"--first_seed={self.first_seed} must not be negative")
+        if self.endpoint not in ("best", "last"):
+            raise InputError(f"--endpoint={self.endpoint} must be best or last")
+        return self
+
+
+def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
+    """Command line -> (the comparison, {arm's name: its config}), in the order given. Raises InputError."""
+    words, options = split_arguments(arguments)
+    ours = field_names(CompareConfig)
+    check_keys([key for key, _ in options], ours + field_names(TrainConfig))
+    for key, instead in (("seed", "--seeds and --first_seed"), ("init_from", "an arm with its own init_from=PATH in its config file")):
+        if key in dict(options):
+            raise InputError(f"--{key} is not an option of a comparison: use {instead}")
+    comparison = build_config(CompareConfig, [], [(key, value) for key, value in options if key in ours])
+    shared = [(key, value) for key, value in options if key not in ours]
+    arms = {}
+    for word in words:
+        files, own = split_arguments(shlex.split(word))
+        if not files or not all(file.endswith(".py") for file in files):
+            raise InputError(f"arm {word!r} does not begin with a config file: CONFIG.py or 'CONFIG.py --key=value'")
+        name = re.sub(r"[^\w.=,+-]+", "_", " ".join([Path(file).stem for file in files] + [f"{key}={value}" for key, value in own]))
+        if name in arms:
+            raise InputError(f"arm {name!r} is given twice")
+        arms[name] = build_config(TrainConfig, files, shared + own)
+        if arms[name].init_from == "resume" or arms[name].eval_only:
+            raise InputError(f"arm {name!r}: a comparison trains every cell from its start; take out init_from='resume' and eval_only")
+    if len(arms) < 2:
+        raise InputError(f"{len(arms)} arm(s) given: a comparison needs a baseline and at least one more config")
+    if not comparison.out_dir:
+        comparison = dataclasses.replace(comparison, out_dir=("out-compare-" + "-".join(arms))[:120])
+    return comparison, arms
+
+
+if __name__ == "__main__":  # before torch is imported
+    with one_line_errors():
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            configure(CompareConfig, ["--help"])
+        command_line = parse(sys.argv[1:])
+
+import gc
+import hashlib
+import io
+import json
+import os
+import platform
+import signal
+import subprocess
+import time
+from datetime import timedelta
+
+import matplotlib
+import numpy as np
+import scipy
+import torch
+import torch.distributed as dist
+from scipy import stats
+from tabulate import tabulate
+
+from dataset import ROOT, directory_of, prepare_if_missing, write_file
+from place import find_place, say
+from train import Diverged, Interrupted, build, train
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# keys that cannot change a run's losses, so a cell may be used again when they differ
+HARMLESS = {"out_dir", "overwrite", "seed", "log_interval", "always_save_checkpoint", "wandb_log", "wandb_project", "wandb_run_name", "device", "eval_only"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+def fingerprint(config: TrainConfig, data: dict, device: str) -> dict:
+    """What decides a cell's numbers besides its seed: keys, data, code, torch and device."""
+    code = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in ("model.py", "dataset.py", "train.py"))).hexdigest()
+    keys = {key: value for key, value in dataclasses.asdict(config).items() if key not in HARMLESS}
+    everything = keys | {"train.bin": data["train"], "val.bin": data["val"], "code": code, "torch": torch.__version__, "device": device}
+    return json.loads(json.dumps(everything))  # as it will be read back: tuples are lists
+
+
+def read_cell(path: Path, expected: dict) -> dict | None:
+    """A finished cell's result, None when there is none yet. Raises InputError for a cell that is damaged or made differently."""
+    try:
+        cell = json.loads(path.read_text())
+        made, result = cell["fingerprint"], cell["result"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cell {path} is damaged ({type(error).__name__}): remove it and run the comparison again") from None
+    for key in sorted(made.keys() | expected.keys()):
+        if made.get(key) != expected.get(key):
+            raise InputError(f"cell {path} was made with {key}={made.get(key)}, now it is {expected.get(key)}: choose another --out_dir or remove it")
+    return result
+
+
+def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[str, list[dict]]:
+    """Runs the cells that are not there yet, one program per arm; under torchrun this process's share. Returns all results per arm."""
+    out_dir = Path(comparison.out_dir)
+    seeds = range(comparison.first_seed, comparison.first_seed + comparison.seeds)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cells = [(name, seed) for name in arms for seed in seeds]
+    path = {cell: out_dir / "cells" / cell[0] / f"seed-{cell[1]}" / "result.json" for cell in cells}
+    place = find_place(next(iter(arms.values())).device, "auto", distributed=False)
+    for dataset in {config.dataset for config in arms.values()}:
+        prepare_if_missing(dataset)
+    data = {name: data_checksum(config.dataset) for name, config in arms.items()}
+    for name in arms:
+        if data[name] != data[cells[0][0]]:
+            raise InputError(f"arm {name!r} reads other data than {cells[0][0]!r}: their losses cannot be compared")
+    expected = {name: fingerprint(config, data[name], place.name().partition(",")[0]) for name, config in arms.items()}
+    missing = [cell for cell in cells if read_cell(path[cell], expected[cell[0]]) is None]  # all are checked before any is run
+    if rank == 0:
+        say(f"{len(arms)} arms x {len(seeds)} seeds = {len(cells)} runs, {len(cells) - len(missing)} of them finished before; {place.name()} -> {out_dir}")
+    mine, finished, began = missing[rank::world], 0, time.perf_counter()
+    for name, config in arms.items():
+        own = [cell for cell in mine if cell[0] == name]
+        if not own:
+            continue
+        began_arm = time.perf_counter()
+        program = build(dataclasses.replace(config, overwrite=True), find_place(config.device, config.dtype, distributed=False))
+        setup = time.perf_counter() - began_arm
+        for cell in own:
+            try:
+                result = train(program, cell[1], path[cell].parent, save=comparison.save_checkpoints, quiet=True)
+                words = f"best {result['best_val_loss']:.4f} at step {result['best_step']}, last {result['val_loss']:.4f}, {result['seconds']:.1f} s"
+            except Diverged as error:
+                result, words = {"diverged_at": error.step}, f"DIVERGED: {error}"
+            result |= {"arm": name, "seed": cell[1], "mode": program.mode}
+            write_file(path[cell], (json.dumps({"fingerprint": expected[name], "result": result}, indent=1) + "\n").encode())
+            finished += 1
+            left = timedelta(seconds=round((time.perf_counter() - began) / finished * (len(mine) - finished)))
+            say(f"[{finished}/{len(mine)}] {name}, seed {cell[1]}: {words}" + (f"; left about {left}" if finished < len(mine) else ""))
+        say(f"{name}: {program.mode}, {setup:.1f} s to build")
+        del program
+        gc.collect()
+        torch.compiler.reset()  # the compiler keeps a limited number of variants of one function, and the next arm is another function
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        dist.barrier()
+        dist.destroy_process_group()
+    return {name: [read_cell(path[name, seed], expected[name]) for seed in seeds] for name in arms}
+
+
+def data_checksum(dataset: str) -> dict:
+    """sha256 of train.bin and val.bin as meta.json states them (build checks them against the files)."""
+    try:
+        splits = json.loads((directory_of(dataset) / "meta.json").read_text())["splits"]
+        return {name: splits[name]["sha256"] for name in ("train", "val")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{directory_of(dataset) / 'meta.json'} cannot be read ({type(error).__name__}): run its prepare.py again") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def summary(values: list[float]) -> dict:
+    """n, mean and standard deviation (n - 1 in the denominator; None for n < 2)."""
+    return {"n": len(values), "mean": float(np.mean(values)) if values else None, "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+
+
+def paired_difference(baseline: list[float], arm: list[float]) -> dict:
+    """arm - baseline over paired seeds: mean, sd, 95 % t interval and the two-sided sign-flip p value, by scipy.stats.
+
+    The sign-flip test enumerates all 2^n signs up to n = 16 (p is exact) and draws 100,000 beyond. interval and p are None for n < 2, or when all
+    differences are equal, where t has no meaning.
+    """
+    difference = np.asarray(arm, dtype=float) - np.asarray(baseline, dtype=float)
+    n = len(difference)
+    result = summary(difference.tolist()) | {"interval": None, "sign_flip_p": None, "differences": difference.tolist()}
+    if n >= 2 and np.ptp(difference) > 0:
+        interval = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
+        result["interval"] = [float(interval.low), float(interval.high)]
+        exact = n <= 16
+        flips = np.inf if exact else 100_000
+        test = stats.permutation_test((difference,), np.mean, permutation_type="samples", n_resamples=flips, vectorized=True, rng=0)
+        result |= {"sign_flip_p": float(test.pvalue), "sign_flip_exact": exact}
+    return result
+
+
+def verdict(arm: str, baseline: str, endpoint: str, pair: dict) -> str:
+    """One sentence about the paired difference of the endpoint, which says so when no difference is shown."""
+    n, what = pair["n"], f"{endpoint} validation loss"
+    if n < 2:
+        return f"{arm} against {baseline}: {n} pair(s) of seeds give no interval, so nothing can be said about the {what}."
+    if pair["interval"] is None:
+        same = pair["mean"] == 0
+        return f"{arm} against {baseline}: the {what} differs by exactly {pair['mean']:.4f} in all {n} pairs" + (", that is not at all." if same else ".")
+    low, high = pair["interval"]
+    numbers = f"by {abs(pair['mean']):.4f} nats (95 % interval of the difference {low:+.4f} to {high:+.4f}, {n} paired seeds)"
+    if high < 0:
+        return f"{arm} is better than {baseline} in {what} {numbers}."
+    if low > 0:
+        return f"{arm} is worse than {baseline} in {what} {numbers}."
+    return (
+        f"No difference shown between {arm} and {baseline} in {what}: the mean difference is {pair['mean']:+.4f} nats, and its 95 % interval "
+        f"{low:+.4f} to {high:+.4f} contains 0 ({n} paired seeds)."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def analyse(comparison: CompareConfig, results: dict[str, list[dict]]) -> tuple[dict, dict]:
+    """Results per arm -> (`arms`: a summary each, `pairs`: each arm against the first)."""
+    arms, pairs, names = {}, {}, list(results)
+    for name, cells in results.items():
+        good = [cell for cell in cells if "diverged_at" not in cell]
+        arms[name] = {
+            "n": len(good),
+            "diverged": [{"seed": cell["seed"], "step": cell["diverged_at"]} for cell in cells if "diverged_at" in cell],
+            "best_val_loss": summary([cell["best_val_loss"] for cell in good]),
+            "val_loss": summary([cell["val_loss"] for cell in good]),
+            "best_step": summary([cell["best_step"] for cell in good]),
+            "seconds": summary([cell["seconds"] for cell in good]),
+            "ms": summary([cell["ms"] for cell in good]),
+            "tokens_per_s": summary([cell["tokens_per_s"] for cell in good]),
+            "mode": cells[0]["mode"],
+            "cells": cells,
+        }
+    for name in names[1:]:
+        both = [(a, b) for a, b in zip(results[names[0]], results[name]) if "diverged_at" not in a | b]
+        pair = {"baseline": names[0], "seeds": [a["seed"] for a, _ in both], "pairs_lost_to_divergence": len(results[name]) - len(both)}
+        for endpoint, key in (("best", "best_val_loss"), ("last", "val_loss")):
+            pair[endpoint] = paired_difference([a[key] for a, _ in both], [b[key] for _, b in both])
+        pair["verdict"] = verdict(name, names[0], comparison.endpoint, pair[comparison.endpoint])
+        if pair["pairs_lost_to_divergence"]:
+            counts = ", ".join(f"{arm}: {len(arms[arm]['diverged'])} of {comparison.seeds}" for arm in (names[0], name))
+            pair["verdict"] += f" Runs that diverged and are left out of it: {counts}."
+        pairs[name] = pair
+    return arms, pairs
+
+
+def tables(comparison: CompareConfig, arms: dict, pairs: dict) -> str:
+    """The two tables and the verdicts as Markdown."""
+
+    def spread(entry, digits=4):
+        if entry["mean"] is None:
+            return "-"
+        return f"{entry['mean']:.{digits}f}" + (f" ± {entry['sd']:.{digits}f}" if entry["sd"] is not None else "")
+
+    rows = []
+    for name, arm in arms.items():
+        cells = [name, f"{arm['n']}" + (f" (+ {len(arm['diverged'])} diverged)" if arm["diverged"] else "")]
+        cells += [spread(arm["best_val_loss"]), spread(arm["val_loss"]), spread(arm["best_step"], 0)]
+        rows.append(cells + [spread(arm["seconds"], 1), f"{arm['tokens_per_s']['mean']:,.0f}" if arm["n"] else "-"])
+    text = tabulate(rows, ["arm", "n", "best val loss", "last val loss", "step of best", "seconds a run", "tokens/s"], tablefmt="github", disable_numparse=True)
+    rows = []
+    for name, pair in pairs.items():
+        for endpoint in ("best", "last"):
+            entry = pair[endpoint]
+            interval = "{:+.4f} to {:+.4f}".format(*entry["interval"]) if entry["interval"] else "-"
+            p = f"{entry['sign_flip_p']:.4f}" if entry["sign_flip_p"] is not None else "-"
+            mean = f"{entry['mean']:+.4f}" if entry["mean"] is not None else "-"
+            rows.append([f"{name} − {pair['baseline']}", endpoint, entry["n"], mean, interval, p])
+    headers = ["difference", "validation loss", "pairs", "mean", "95 % t interval", "sign-flip p"]
+    text += "\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n\nMean ± standard deviation over seeds; losses in nats per token.\n\n"
+    text += "\n".join(f"**{pair['verdict']}**" for pair in pairs.values())
+    if len(pairs) > 1:
+        text += f"\n\nThe {len(pairs)} intervals are each at 95 %: they are not corrected for their number."
+    return text
+
+
+def provenance(arms: dict[str, TrainConfig], device: str, data: dict) -> dict:
+    """What a reader needs to repeat the comparison."""
+
+    def git(*command):
+        result = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
+    return {
+        "command": shlex.join(["python", "compare.py", *sys.argv[1:]]),
+        "device": device,
+        "versions": versions,
+        "data_sha256": data,
+        "git_revision": git("rev-parse", "HEAD"),
+        "git_modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "configs": {name: dataclasses.asdict(config) for name, config in arms.items()},
+    }
+
+
+def draw_curves(path: Path, results: dict[str, list[dict]]):
+    """curves.png: validation loss over steps, mean over seeds and a band of one standard deviation."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    early = []
+    for name, cells in results.items():
+        curves = [cell["curve"] for cell in cells if "diverged_at" not in cell]
+        if not curves:
+            continue
+        steps = np.array([step for step, _ in curves[0]])
+        losses = np.array([[loss for _, loss in curve] for curve in curves])
+        mean = losses.mean(axis=0)
+        (line,) = axes.plot(steps, mean, label=f"{name} (n = {len(curves)})", linewidth=1.8)
+        if len(curves) > 1:
+            sd = losses.std(axis=0, ddof=1)
+            axes.fill_between(steps, mean - sd, mean + sd, color=line.get_color(), alpha=0.25, linewidth=0)
+        early += [losses.min(), *mean[steps >= 0.15 * steps[-1]]]
+    if early:  # the fall from log(vocabulary) would flatten everything that matters
+        margin = 0.08 * (max(early) - min(early)) + 1e-3
+        axes.set_ylim(min(early) - margin, max(early) + margin)
+    axes.set(xlabel="step", ylabel="validation loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(title="mean ± 1 sd over seeds")
+    save_figure(path, figure)
+
+
+def draw_paired(path: Path, comparison: CompareConfig, arms: dict, pairs: dict):
+    """paired.png: arm - baseline for every seed, with mean and 95 % t interval."""
+    figure, axes = plt.subplots(figsize=(max(4.5, 1.6 + 1.6 * len(pairs)), 4.5), layout="constrained")
+    for i, (name, pair) in enumerate(pairs.items()):
+        entry = pair[comparison.endpoint]
+        points = entry["differences"]
+        x = i + np.linspace(-0.18, 0.18, len(points)) if len(points) > 1 else [i]
+        axes.scatter(x, points, s=28, alpha=0.75, zorder=3, label="one seed" if i == 0 else None)
+        if entry["interval"]:
+            low, high = entry["interval"]
+            error = [[entry["mean"] - low], [high - entry["mean"]]]
+            label = "mean, 95 % interval" if i == 0 else None
+            axes.errorbar([i + 0.32], [entry["mean"]], yerr=error, fmt="D", color="black", capsize=5, zorder=4, label=label)
+    axes.axhline(0, color="black", linewidth=1, linestyle="--")
+    axes.set_xticks(range(len(pairs)), [name.replace("_", "_\u200b") for name in pairs], rotation=0 if len(pairs) < 4 else 30)
+    axes.set_xlim(-0.6, len(pairs) - 0.4)
+    axes.set_ylabel(f"{comparison.endpoint} validation loss,\narm − {next(iter(arms))} (below 0: the arm is better)")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend()
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure):
+    """PNG, written whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    plt.close(figure)
+    write_file(path, buffer.getvalue())
+
+
+def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
+    """Runs what is missing and, in the first process, writes report.md, report.json, curves.png and paired.png."""
+    began = time.perf_counter()
+    results = run_cells(comparison, arms)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    out_dir, first = Path(comparison.out_dir), next(iter(arms.values()))
+    summaries, pairs = analyse(comparison, results)
+    origin = provenance(arms, find_place(first.device, "auto", distributed=False).name(), data_checksum(first.dataset))
+    origin["seconds_of_this_call"] = round(time.perf_counter() - began, 1)
+    text = tables(comparison, summaries, pairs)
+    draw_curves(out_dir / "curves.png", results)
+    draw_paired(out_dir / "paired.png", comparison, summaries, pairs)
+    report = {"endpoint": comparison.endpoint, "arms": summaries, "pairs": pairs, "provenance": origin}
+    write_file(out_dir / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    lines = [f"# {' against '.join(arms)}", "", text, "", "![validation loss](curves.png)", "![paired differences](paired.png)", ""]
+    lines += [f"Endpoint: {comparison.endpoint} validation loss. Made by `{origin['command']}` on {origin['device']}, torch {torch.__version__},"]
+    lines += [f"revision {origin['git_revision']}{' with local changes' if origin['git_modified'] else ''}; configurations and every cell: report.json.", ""]
+    write_file(out_dir / "report.md", "\n".join(lines).encode())
+    print(f"\n{text}\n\n{out_dir / 'report.md'}, report.json, curves.png, paired.png")
+
+
+if __name__ == "__main__":
+    try:
+        with one_line_errors():
+            main(*command_line)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        say("interrupted; finished runs are kept, the same command continues with the others")
+        sys.exit(128 + getattr(stop, "signal", signal.SIGINT))
