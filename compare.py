@@ -114,11 +114,15 @@ HARMLESS = {"out_dir", "overwrite", "seed", "log_interval", "always_save_checkpo
 # Cells
 
 
+def code_sha256() -> str:
+    """One checksum of the files that decide a run's numbers."""
+    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in ("model.py", "dataset.py", "train.py"))).hexdigest()
+
+
 def fingerprint(config: TrainConfig, data: dict, device: str) -> dict:
     """What decides a cell's numbers besides its seed: keys, data, code, torch and device."""
-    code = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in ("model.py", "dataset.py", "train.py"))).hexdigest()
     keys = {key: value for key, value in dataclasses.asdict(config).items() if key not in HARMLESS}
-    everything = keys | {"train.bin": data["train"], "val.bin": data["val"], "code": code, "torch": torch.__version__, "device": device}
+    everything = keys | {"train.bin": data["train"], "val.bin": data["val"], "code": code_sha256(), "torch": torch.__version__, "device": device}
     return json.loads(json.dumps(everything))  # as it will be read back: tuples are lists
 
 
@@ -310,9 +314,12 @@ def provenance(arms: dict[str, TrainConfig], device: str, data: dict) -> dict:
     """What a reader needs to repeat the comparison."""
 
     def git(*command):
-        result = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else None
+        try:
+            return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
+            return None
 
+    changes = git("status", "--porcelain", "--untracked-files=no")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
     return {
         "command": shlex.join(["python", "compare.py", *sys.argv[1:]]),
@@ -320,7 +327,8 @@ def provenance(arms: dict[str, TrainConfig], device: str, data: dict) -> dict:
         "versions": versions,
         "data_sha256": data,
         "git_revision": git("rev-parse", "HEAD"),
-        "git_modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "git_modified": None if changes is None else bool(changes),
+        "code_sha256": code_sha256(),
         "configs": {name: dataclasses.asdict(config) for name, config in arms.items()},
     }
 
@@ -397,7 +405,8 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     write_file(out_dir / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     lines = [f"# {' against '.join(arms)}", "", text, "", "![validation loss](curves.png)", "![paired differences](paired.png)", ""]
     lines += [f"Endpoint: {comparison.endpoint} validation loss. Made by `{origin['command']}` on {origin['device']}, torch {torch.__version__},"]
-    lines += [f"revision {origin['git_revision']}{' with local changes' if origin['git_modified'] else ''}; configurations and every cell: report.json.", ""]
+    revision = f"revision {origin['git_revision'] or 'unknown'}{' with local changes' if origin['git_modified'] else ''}"
+    lines += [f"{revision}, code sha256 {origin['code_sha256'][:12]}; configurations and every cell: report.json.", ""]
     write_file(out_dir / "report.md", "\n".join(lines).encode())
     print(f"\n{text}\n\n{out_dir / 'report.md'}, report.json, curves.png, paired.png")
 
