@@ -33,6 +33,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
+import onednn
 from dataset import Tokens, prepare_if_missing
 from metrics import Metrics
 from model import GPT, GPTConfig
@@ -133,6 +134,8 @@ def build(config: TrainConfig, place: Place) -> Program:
         raise InputError(f"--vocab_size={config.vocab_size} is smaller than the {data.vocab_size} tokens of --dataset={config.dataset}")
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)}
     model = GPT(GPTConfig(**shared | {"vocab_size": config.vocab_size or data.vocab_size})).to(place.device)
+    if place.device.type == "cpu":
+        onednn.accelerate(model)
     network = torch.nn.parallel.DistributedDataParallel(model) if place.world > 1 else model
 
     # The global batch has the same rows for any number of processes; this one takes its share, in micro-batches of at most batch_size rows.

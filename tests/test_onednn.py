@@ -1,0 +1,43 @@
+"""onednn.Linear against float64 and against nn.Linear."""
+
+import pytest
+import torch
+
+import onednn
+
+pytestmark = pytest.mark.skipif(not onednn.available(), reason="this processor or torch build has no use for onednn.py")
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (12, 64, 128), (2, 1, 16), (40, 33)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_forward_and_gradients_equal_float64(shape, bias):
+    torch.manual_seed(0)
+    layer = onednn.Linear(shape[-1], 65, bias=bias)
+    x = torch.randn(shape, requires_grad=True)
+    upstream = torch.randn(*shape[:-1], 65)
+    (layer(x) * upstream).sum().backward()
+
+    x64, w64 = x.detach().double(), layer.weight.detach().double()
+    y64 = x64 @ w64.t() + (layer.bias.detach().double() if bias else 0)
+    grad_x = upstream.double() @ w64
+    grad_w = torch.einsum("...n,...k->nk", upstream.double(), x64)
+    scale = shape[-1] ** 0.5 * 1e-6  # float32 rounding of a sum of K products
+    assert (layer(x).double() - y64).abs().max() < 10 * scale
+    assert (x.grad.double() - grad_x).abs().max() < 65**0.5 * 1e-5
+    assert (layer.weight.grad.double() - grad_w).abs().max() < x[..., 0].numel() ** 0.5 * 1e-5
+    if bias:
+        torch.testing.assert_close(layer.bias.grad, upstream.flatten(0, -2).sum(0))
+
+
+def test_accelerate_keeps_parameters_and_names_and_other_dtypes_fall_through():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.GELU(), torch.nn.Linear(4, 2, bias=False))
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    onednn.accelerate(model)
+    assert [type(module) for module in model] == [onednn.Linear, torch.nn.GELU, onednn.Linear]
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+    x = torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    model, x = model.double(), x.double()
+    hidden = torch.nn.functional.gelu(x @ model[0].weight.t() + model[0].bias)
+    torch.testing.assert_close(model(x), hidden @ model[2].weight.t(), rtol=1e-12, atol=1e-12)  # float64 stays float64
