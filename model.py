@@ -1,4 +1,4 @@
-"""A GPT-2 whose attention can be graph diffusion, in one flat file that imports nothing of the project.
+"""A GPT-2 and a vision transformer whose attention can be graph diffusion, in one flat file that imports nothing of the project.
 
     y = A v                        the ordinary transformer (diffusion = False)
     y = lambda (A v - alpha v)     graph diffusion (diffusion = True); alpha = lambda = 1 is the A - I of arXiv 2507.21040
@@ -170,32 +170,27 @@ class Block(nn.Module):
 # GPT
 
 
-class GPT(nn.Module):
-    """GPT-2: learned positions, pre-LayerNorm blocks, output layer tied to the token table.
+class Network(nn.Module):
+    """What GPT and ViT share: blocks, initialisation and counting.
 
-    GPT(config)(idx, targets) -> (logits, loss). The constructor does not draw weights from torch's global generator; `init_weights(seed)` does
-    so from its own, and the constructor calls it with seed 0.
+    The constructor draws nothing from torch's global generator: `init_weights(seed)` has its own, and the constructor calls it with seed 0.
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config, embedding: dict[str, nn.Module], output: int):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
         self.config = config
-        with torch.device("meta"):  # no time and no random numbers spent on weights that init_weights overwrites
-            self.transformer = nn.ModuleDict(
-                dict(
-                    wte=nn.Embedding(config.vocab_size, config.n_embd),
-                    wpe=nn.Embedding(config.block_size, config.n_embd),
-                    drop=nn.Dropout(config.dropout),
-                    h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                    ln_f=LayerNorm(config.n_embd, config.bias),
-                )
+        self.transformer = nn.ModuleDict(
+            dict(
+                **embedding,
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                ln_f=LayerNorm(config.n_embd, config.bias),
             )
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.to_empty(device="cpu")
-        self.lm_head.weight = self.transformer.wte.weight
-        self.init_weights(seed=0)
+        )
+        self.lm_head = nn.Linear(config.n_embd, output, bias=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -214,6 +209,30 @@ class GPT(nn.Module):
                 key = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1, np.uint64)[0]
                 generator = torch.Generator().manual_seed(int(key >> 1))
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+
+    def num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters, a tied table counted once; without the position table by default, as nanoGPT counts."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward per token: 6 N + 12 L C T (PaLM, arXiv 2204.02311, appendix B).
+
+        The causal half of the attention matrix is counted in full, as nanoGPT counts, so that MFU figures compare.
+        """
+        c = self.config
+        return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+class GPT(Network):
+    """GPT-2: learned positions, pre-LayerNorm blocks, output layer tied to the token table. GPT(config)(idx, targets) -> (logits, loss)."""
+
+    def __init__(self, config: GPTConfig):
+        with torch.device("meta"):  # no time and no random numbers spent on weights that init_weights overwrites
+            super().__init__(config, {"wte": nn.Embedding(config.vocab_size, config.n_embd)}, config.vocab_size)
+        self.to_empty(device="cpu")
+        self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights(seed=0)
 
     def forward(self, idx, targets=None, cache: KVCache | None = None):
         """idx, targets: (B, T) int64; a target of -1 is ignored. Returns logits and the mean cross-entropy in nats.
@@ -237,15 +256,55 @@ class GPT(nn.Module):
         logits = self.lm_head(x)  # (B, T, vocab_size)
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
-    def num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters, the tied table counted once; without the position table by default, as nanoGPT counts."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding else total
 
-    def flops_per_token(self) -> int:
-        """Floating-point operations of forward and backward per token: 6 N + 12 L C T (PaLM, arXiv 2204.02311, appendix B).
+# ---------------------------------------------------------------------------------------------------------------------------------
+# ViT
 
-        The causal half of the attention matrix is counted in full, as nanoGPT counts, so that MFU figures compare.
-        """
-        c = self.config
-        return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Architecture of a vision transformer for square pictures of 3 channels; a token is a patch of patch_size x patch_size pixels."""
+
+    image_size: int = 16
+    patch_size: int = 2
+    n_classes: int = 1000
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    dropout: float = 0.0
+    bias: bool = False
+    diffusion: bool = False
+    diffusion_alpha: float = 1.0
+    diffusion_lambda: float = 1.0
+    diffusion_heads: tuple[int, ...] = ()
+    causal = False  # no annotation, hence no field: every patch attends to every patch
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per picture."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class ViT(Network):
+    """Vision transformer (arXiv 2010.11929) on the GPT's blocks: linear patches, learned positions, mean over patches, linear classifier.
+
+    ViT(config)(pictures, labels) -> (logits, loss).
+    """
+
+    def __init__(self, config: ViTConfig):
+        if config.image_size % config.patch_size:
+            raise ValueError(f"image_size {config.image_size} is not divisible by patch_size {config.patch_size}")
+        with torch.device("meta"):
+            super().__init__(config, {"patch": nn.Linear(3 * config.patch_size**2, config.n_embd)}, config.n_classes)
+        self.to_empty(device="cpu")
+        self.init_weights(seed=0)
+
+    def forward(self, pictures, labels=None):
+        """pictures: (B, 3, S, S), normalised per channel; labels: (B,) int64, -1 is ignored. Returns (B, n_classes) logits and the loss in nats."""
+        B, p, n = pictures.size(0), self.config.patch_size, self.config.image_size // self.config.patch_size
+        patches = pictures.view(B, 3, n, p, n, p).permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, 3 * p * p)  # (B, T, 3 p p)
+        x = self.transformer.drop(self.transformer.patch(patches) + self.transformer.wpe.weight)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        logits = self.lm_head(self.transformer.ln_f(x).mean(dim=1))
+        return logits, None if labels is None else F.cross_entropy(logits.float(), labels, ignore_index=-1)
