@@ -10,19 +10,21 @@ The two tensor files get new names each time, and replacing checkpoint.json is t
 old one: whenever the process dies, checkpoint.json names complete files. Files of the old checkpoint are removed afterwards.
 """
 
+import hashlib
 import json
 import os
 import platform
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 
-from configurator import InputError
-from dataset import Tokenizer, sha256_of, write_file
-from model import GPT, GPTConfig
+from configurator import InputError, TrainConfig, check_diffusion_heads
+from dataset import Tokenizer, put_in_place, sha256_of, write_file
+from model import GPT, GPTConfig, ViT, ViTConfig
 
 FORMAT = 1
 
@@ -45,10 +47,21 @@ def _write_tensors(directory: Path, kind: str, step: int, tensors: dict) -> dict
             os.fsync(file.fileno())
         digest = sha256_of(temporary)
         name = f"{kind}-{step:06d}-{digest[:8]}.safetensors"
-        os.replace(temporary, directory / name)
+        put_in_place(temporary, directory / name)
     finally:
         temporary.unlink(missing_ok=True)
     return {"name": name, "sha256": digest}
+
+
+def _checksum(meta: dict) -> str:
+    """SHA-256 of checkpoint.json without its own entry, in a form that does not depend on how it was written down."""
+    text = json.dumps({key: value for key, value in meta.items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def remove(directory: Path):
+    """Removes a checkpoint that a new run replaces; no error when there is none."""
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def save(directory: Path, model, optimizer, step: int, **entries):
@@ -60,6 +73,8 @@ def save(directory: Path, model, optimizer, step: int, **entries):
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        for left_behind in directory.glob(".*.tmp"):  # by a process that was killed while it wrote
+            left_behind.unlink()
         files = {"model": _write_tensors(directory, "model", step, dict(model.named_parameters()))}
         if optimizer is not None:
             files["optimizer"] = _write_tensors(directory, "optimizer", step, optimizer_tensors(model, optimizer))
@@ -68,11 +83,13 @@ def save(directory: Path, model, optimizer, step: int, **entries):
     meta = {
         "format": FORMAT,
         "step": step,
+        "kind": "pictures" if isinstance(model, ViT) else "tokens",
         "model": asdict(model.config),
         **entries,
         "files": files,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+    meta["sha256"] = _checksum(meta)
     write_file(directory / "checkpoint.json", (json.dumps(meta, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     current = {entry["name"] for entry in files.values()}
     for old in directory.glob("*.safetensors"):
@@ -88,14 +105,16 @@ def read_meta(directory: Path) -> dict:
     """checkpoint.json as a dict. Raises InputError when there is none, it is damaged or of a newer format."""
     path = Path(directory) / "checkpoint.json"
     try:
-        meta = json.loads(path.read_text())
-        known = meta["format"] == FORMAT
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        version, intact = meta["format"], meta["sha256"] == _checksum(meta)
     except FileNotFoundError:
         raise InputError(f"{directory} holds no checkpoint ({path.name} is missing)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error})") from None
-    if not known:
-        raise InputError(f"{path} has format {meta['format']}, this version reads {FORMAT}")
+    if version != FORMAT:
+        raise InputError(f"{path} has format {version}, this version reads {FORMAT}")
+    if not intact:
+        raise InputError(f"{path} is damaged: its contents do not have the sha256 that it states")
     return meta
 
 
@@ -143,21 +162,23 @@ def read_weights(directory: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return _read_tensors(directory, meta, "model"), meta["model"]
 
 
-def config_of(meta: dict) -> GPTConfig:
+def config_of(meta: dict) -> GPTConfig | ViTConfig:
     """The architecture of a checkpoint."""
-    return GPTConfig(**{**meta["model"], "diffusion_heads": tuple(meta["model"]["diffusion_heads"])})
+    kind = ViTConfig if meta["kind"] == "pictures" else GPTConfig
+    return kind(**{**meta["model"], "diffusion_heads": tuple(meta["model"]["diffusion_heads"])})
 
 
-def load_model(out_dir: Path, which: str = "best") -> tuple[GPT, Tokenizer, dict]:
-    """Model (CPU, eval mode), tokenizer and checkpoint.json of OUT_DIR/best, OUT_DIR/last, or OUT_DIR itself when it is a checkpoint."""
+def load_model(out_dir: Path, which: str = "best") -> tuple[GPT | ViT, Tokenizer | None, dict]:
+    """Model (CPU, eval mode), tokenizer (None for pictures) and checkpoint.json of OUT_DIR/best, OUT_DIR/last, or OUT_DIR when it is a checkpoint."""
     out_dir = Path(out_dir)
     if not out_dir.is_dir():
         raise InputError(f"--out_dir={out_dir} is not a directory: train first, or name a checkpoint directory")
     directory = out_dir if (out_dir / "checkpoint.json").is_file() else out_dir / which
     meta = read_meta(directory)
-    model = GPT(config_of(meta))
+    pictures = meta["kind"] == "pictures"
+    model = (ViT if pictures else GPT)(config_of(meta))
     load_into(directory, meta, model)
-    return model.eval(), Tokenizer(meta["tokenizer"]), meta
+    return model.eval(), None if pictures else Tokenizer(meta["tokenizer"]), meta
 
 
 def read_nanogpt(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -167,11 +188,28 @@ def read_nanogpt(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        tensors, arguments = stored["model"], stored["model_args"]
+        tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in stored["model"].items()}
+        arguments = {key: stored["model_args"][key] for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")}
+        assert tensors["transformer.wpe.weight"].dim() == 2
     except FileNotFoundError:
         raise InputError(f"--init_from={path} does not exist") from None
     except Exception as error:  # a damaged zip, a pickle that asks for code, other keys: torch names no common class
         raise InputError(f"--init_from={path} is no nanoGPT checkpoint that can be read safely ({type(error).__name__})") from None
-    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
     dropped = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # lm_head is tied to transformer.wte
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(dropped)}, arguments
+
+
+def starting_weights(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
+    """The weights that init_from names, and the config with their architecture; (config, None) for scratch and resume. Raises InputError."""
+    if config.init_from in ("scratch", "resume"):
+        return config, None
+    if config.init_from.endswith(".pt"):
+        weights, architecture = read_nanogpt(Path(config.init_from))
+    else:
+        weights, architecture = read_weights(Path(config.init_from))
+    sizes = {key: architecture[key] for key in ("n_layer", "n_head", "n_embd", "bias", "vocab_size")}
+    if config.block_size > architecture["block_size"]:
+        raise InputError(f"--block_size={config.block_size} is longer than the {architecture['block_size']} positions of {config.init_from}")
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
+    check_diffusion_heads(config.diffusion_heads, sizes["n_layer"], sizes["n_head"])
+    return replace(config, **sizes), weights

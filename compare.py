@@ -31,7 +31,7 @@ class CompareConfig:
 
     seeds: int = 3  # seeds per arm
     first_seed: int = 1  # seeds are first_seed, first_seed + 1, ...
-    endpoint: str = "best"  # what the verdict is about: best or last validation loss of a run
+    endpoint: str = "best"  # what the verdict is about: best or last validation loss of a run; top1 or top5 of the last evaluation of pictures
     out_dir: str = ""  # cells, report and figures; empty: out-compare- and the arms' names
     save_checkpoints: bool = False  # keep last/ and best/ of every cell
 
@@ -41,8 +41,8 @@ class CompareConfig:
             raise InputError(f"--seeds={self.seeds} must be between 1 and 10000")
         if self.first_seed < 0:
             raise InputError(f"--first_seed={self.first_seed} must not be negative")
-        if self.endpoint not in ("best", "last"):
-            raise InputError(f"--endpoint={self.endpoint} must be best or last")
+        if self.endpoint not in ("best", "last", "top1", "top5"):
+            raise InputError(f"--endpoint={self.endpoint} must be best or last, or for pictures top1 or top5")
         return self
 
 
@@ -99,15 +99,23 @@ import torch.distributed as dist
 from scipy import stats
 from tabulate import tabulate
 
-from dataset import ROOT, directory_of, prepare_if_missing, write_file
+from dataset import ROOT, incomplete, prepare_if_missing, read_meta, write_file
 from place import find_place, say
 from train import Diverged, Interrupted, build, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# --endpoint: what it is called, its key in a cell's result, its unit, and +1 where more is better
+ENDPOINTS = {
+    "best": ("best validation loss", "best_val_loss", " nats", -1),
+    "last": ("last validation loss", "val_loss", " nats", -1),
+    "top1": ("last top-1 accuracy", "top1", "", 1),
+    "top5": ("last top-5 accuracy", "top5", "", 1),
+}
 # keys that cannot change a run's losses, so a cell may be used again when they differ
-HARMLESS = {"out_dir", "overwrite", "seed", "log_interval", "always_save_checkpoint", "wandb_log", "wandb_project", "wandb_run_name", "device", "eval_only"}
+HARMLESS = {"out_dir", "overwrite", "seed", "log_interval", "always_save_checkpoint", "device", "eval_only"}
+HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -122,7 +130,7 @@ def code_sha256() -> str:
 def fingerprint(config: TrainConfig, data: dict, device: str) -> dict:
     """What decides a cell's numbers besides its seed: keys, data, code, torch and device."""
     keys = {key: value for key, value in dataclasses.asdict(config).items() if key not in HARMLESS}
-    everything = keys | {"train.bin": data["train"], "val.bin": data["val"], "code": code_sha256(), "torch": torch.__version__, "device": device}
+    everything = keys | data | {"code": code_sha256(), "torch": torch.__version__, "device": device}
     return json.loads(json.dumps(everything))  # as it will be read back: tuples are lists
 
 
@@ -158,7 +166,8 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
     expected = {name: fingerprint(config, data[name], place.name().partition(",")[0]) for name, config in arms.items()}
     missing = [cell for cell in cells if read_cell(path[cell], expected[cell[0]]) is None]  # all are checked before any is run
     if rank == 0:
-        say(f"{len(arms)} arms x {len(seeds)} seeds = {len(cells)} runs, {len(cells) - len(missing)} of them finished before; {place.name()} -> {out_dir}")
+        done = len(cells) - len(missing)
+        say(f"{len(arms)} arms x {len(seeds)} seeds = {len(cells)} runs, {done} of them finished before; {place.name()} -> {out_dir}")
     mine, finished, began = missing[rank::world], 0, time.perf_counter()
     for name, config in arms.items():
         own = [cell for cell in mine if cell[0] == name]
@@ -190,12 +199,13 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
 
 
 def data_checksum(dataset: str) -> dict:
-    """sha256 of train.bin and val.bin as meta.json states them (build checks them against the files)."""
+    """sha256 of the two splits as meta.json states them (build checks them against the files)."""
+    directory, meta = read_meta(dataset)
     try:
-        splits = json.loads((directory_of(dataset) / "meta.json").read_text())["splits"]
-        return {name: splits[name]["sha256"] for name in ("train", "val")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{directory_of(dataset) / 'meta.json'} cannot be read ({type(error).__name__}): run its prepare.py again") from None
+        checksums = {f"{name}_sha256": meta["splits"][name]["sha256"] for name in ("train", "val")}
+        return checksums | {f"{name}_labels": entry["labels_sha256"] for name, entry in meta["splits"].items() if "labels_sha256" in entry}
+    except (KeyError, TypeError) as error:
+        raise incomplete(directory, error) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -228,20 +238,17 @@ def paired_difference(baseline: list[float], arm: list[float]) -> dict:
 
 def verdict(arm: str, baseline: str, endpoint: str, pair: dict) -> str:
     """One sentence about the paired difference of the endpoint, which says so when no difference is shown."""
-    n, what = pair["n"], f"{endpoint} validation loss"
+    n, (what, _, unit, sign) = pair["n"], ENDPOINTS[endpoint]
     if n < 2:
         return f"{arm} against {baseline}: {n} pair(s) of seeds give no interval, so nothing can be said about the {what}."
     if pair["interval"] is None:
-        same = pair["mean"] == 0
-        return f"{arm} against {baseline}: the {what} differs by exactly {pair['mean']:.4f} in all {n} pairs" + (", that is not at all." if same else ".")
+        return f"{arm} against {baseline}: the {what} differs by exactly {pair['mean']:.4f} in each of the {n} pairs."
     low, high = pair["interval"]
-    numbers = f"by {abs(pair['mean']):.4f} nats (95 % interval of the difference {low:+.4f} to {high:+.4f}, {n} paired seeds)"
-    if high < 0:
-        return f"{arm} is better than {baseline} in {what} {numbers}."
-    if low > 0:
-        return f"{arm} is worse than {baseline} in {what} {numbers}."
+    numbers = f"by {abs(pair['mean']):.4f}{unit} (95 % interval of the difference {low:+.4f} to {high:+.4f}, {n} paired seeds)"
+    if low > 0 or high < 0:
+        return f"{arm} is {'better' if sign * pair['mean'] > 0 else 'worse'} than {baseline} in {what} {numbers}."
     return (
-        f"No difference shown between {arm} and {baseline} in {what}: the mean difference is {pair['mean']:+.4f} nats, and its 95 % interval "
+        f"No difference shown between {arm} and {baseline} in {what}: the mean difference is {pair['mean']:+.4f}{unit}, and its 95 % interval "
         f"{low:+.4f} to {high:+.4f} contains 0 ({n} paired seeds)."
     )
 
@@ -253,13 +260,16 @@ def verdict(arm: str, baseline: str, endpoint: str, pair: dict) -> str:
 def analyse(comparison: CompareConfig, results: dict[str, list[dict]]) -> tuple[dict, dict]:
     """Results per arm -> (`arms`: a summary each, `pairs`: each arm against the first)."""
     arms, pairs, names = {}, {}, list(results)
+    first = next((cell for cells in results.values() for cell in cells if "diverged_at" not in cell), {})
+    if comparison.endpoint in ("top1", "top5") and first and comparison.endpoint not in first:
+        raise InputError(f"--endpoint={comparison.endpoint} is for pictures: these runs have validation losses alone, so use best or last")
+    measured = [endpoint for endpoint, (_, key, _, _) in ENDPOINTS.items() if key in first] or ["best", "last"]
     for name, cells in results.items():
         good = [cell for cell in cells if "diverged_at" not in cell]
         arms[name] = {
             "n": len(good),
             "diverged": [{"seed": cell["seed"], "step": cell["diverged_at"]} for cell in cells if "diverged_at" in cell],
-            "best_val_loss": summary([cell["best_val_loss"] for cell in good]),
-            "val_loss": summary([cell["val_loss"] for cell in good]),
+            **{ENDPOINTS[endpoint][1]: summary([cell[ENDPOINTS[endpoint][1]] for cell in good]) for endpoint in measured},
             "best_step": summary([cell["best_step"] for cell in good]),
             "seconds": summary([cell["seconds"] for cell in good]),
             "ms": summary([cell["ms"] for cell in good]),
@@ -270,7 +280,8 @@ def analyse(comparison: CompareConfig, results: dict[str, list[dict]]) -> tuple[
     for name in names[1:]:
         both = [(a, b) for a, b in zip(results[names[0]], results[name]) if "diverged_at" not in a | b]
         pair = {"baseline": names[0], "seeds": [a["seed"] for a, _ in both], "pairs_lost_to_divergence": len(results[name]) - len(both)}
-        for endpoint, key in (("best", "best_val_loss"), ("last", "val_loss")):
+        for endpoint in measured:
+            key = ENDPOINTS[endpoint][1]
             pair[endpoint] = paired_difference([a[key] for a, _ in both], [b[key] for _, b in both])
         pair["verdict"] = verdict(name, names[0], comparison.endpoint, pair[comparison.endpoint])
         if pair["pairs_lost_to_divergence"]:
@@ -291,19 +302,24 @@ def tables(comparison: CompareConfig, arms: dict, pairs: dict) -> str:
     rows = []
     for name, arm in arms.items():
         cells = [name, f"{arm['n']}" + (f" (+ {len(arm['diverged'])} diverged)" if arm["diverged"] else "")]
-        cells += [spread(arm["best_val_loss"]), spread(arm["val_loss"]), spread(arm["best_step"], 0)]
+        cells += [spread(arm[key]) for _, key, _, _ in ENDPOINTS.values() if key in arm] + [spread(arm["best_step"], 0)]
         rows.append(cells + [spread(arm["seconds"], 1), f"{arm['tokens_per_s']['mean']:,.0f}" if arm["n"] else "-"])
-    text = tabulate(rows, ["arm", "n", "best val loss", "last val loss", "step of best", "seconds a run", "tokens/s"], tablefmt="github", disable_numparse=True)
+    measured = [what for what, key, _, _ in ENDPOINTS.values() if key in next(iter(arms.values()))]
+    headers = ["arm", "n", *measured, "step of best", "seconds a run", "tokens/s"]
+    text = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
     rows = []
     for name, pair in pairs.items():
-        for endpoint in ("best", "last"):
+        for endpoint, (what, _, _, _) in ENDPOINTS.items():
+            if endpoint not in pair:
+                continue
             entry = pair[endpoint]
             interval = "{:+.4f} to {:+.4f}".format(*entry["interval"]) if entry["interval"] else "-"
             p = f"{entry['sign_flip_p']:.4f}" if entry["sign_flip_p"] is not None else "-"
             mean = f"{entry['mean']:+.4f}" if entry["mean"] is not None else "-"
-            rows.append([f"{name} − {pair['baseline']}", endpoint, entry["n"], mean, interval, p])
-    headers = ["difference", "validation loss", "pairs", "mean", "95 % t interval", "sign-flip p"]
-    text += "\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n\nMean ± standard deviation over seeds; losses in nats per token.\n\n"
+            rows.append([f"{name} − {pair['baseline']}", what, entry["n"], mean, interval, p])
+    headers = ["difference", "in", "pairs", "mean", "95 % t interval", "sign-flip p"]
+    text += "\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    text += "\n\nMean ± standard deviation over seeds; losses in nats per prediction, accuracies as shares.\n\n"
     text += "\n".join(f"**{pair['verdict']}**" for pair in pairs.values())
     if len(pairs) > 1:
         text += f"\n\nThe {len(pairs)} intervals are each at 95 %: they are not corrected for their number."
@@ -341,8 +357,8 @@ def draw_curves(path: Path, results: dict[str, list[dict]]):
         curves = [cell["curve"] for cell in cells if "diverged_at" not in cell]
         if not curves:
             continue
-        steps = np.array([step for step, _ in curves[0]])
-        losses = np.array([[loss for _, loss in curve] for curve in curves])
+        steps = np.array([point[0] for point in curves[0]])
+        losses = np.array([[point[1] for point in curve] for curve in curves])
         mean = losses.mean(axis=0)
         (line,) = axes.plot(steps, mean, label=f"{name} (n = {len(curves)})", linewidth=1.8)
         if len(curves) > 1:
@@ -352,7 +368,7 @@ def draw_curves(path: Path, results: dict[str, list[dict]]):
     if early:  # the fall from log(vocabulary) would flatten everything that matters
         margin = 0.08 * (max(early) - min(early)) + 1e-3
         axes.set_ylim(min(early) - margin, max(early) + margin)
-    axes.set(xlabel="step", ylabel="validation loss (nats per token)")
+    axes.set(xlabel="step", ylabel="validation loss (nats per prediction)")
     axes.grid(alpha=0.3)
     axes.legend(title="mean ± 1 sd over seeds")
     save_figure(path, figure)
@@ -361,7 +377,7 @@ def draw_curves(path: Path, results: dict[str, list[dict]]):
 def draw_paired(path: Path, comparison: CompareConfig, arms: dict, pairs: dict):
     """paired.png: arm - baseline for every seed, with mean and 95 % t interval."""
     figure, axes = plt.subplots(figsize=(max(4.5, 1.6 + 1.6 * len(pairs)), 4.5), layout="constrained")
-    for i, (name, pair) in enumerate(pairs.items()):
+    for i, pair in enumerate(pairs.values()):
         entry = pair[comparison.endpoint]
         points = entry["differences"]
         x = i + np.linspace(-0.18, 0.18, len(points)) if len(points) > 1 else [i]
@@ -374,7 +390,8 @@ def draw_paired(path: Path, comparison: CompareConfig, arms: dict, pairs: dict):
     axes.axhline(0, color="black", linewidth=1, linestyle="--")
     axes.set_xticks(range(len(pairs)), [name.replace("_", "_\u200b") for name in pairs], rotation=0 if len(pairs) < 4 else 30)
     axes.set_xlim(-0.6, len(pairs) - 0.4)
-    axes.set_ylabel(f"{comparison.endpoint} validation loss,\narm − {next(iter(arms))} (below 0: the arm is better)")
+    what, _, _, sign = ENDPOINTS[comparison.endpoint]
+    axes.set_ylabel(f"{what},\narm − {next(iter(arms))} ({'above' if sign > 0 else 'below'} 0: the arm is better)")
     axes.grid(alpha=0.3, axis="y")
     axes.legend()
     save_figure(path, figure)
@@ -404,7 +421,7 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     report = {"endpoint": comparison.endpoint, "arms": summaries, "pairs": pairs, "provenance": origin}
     write_file(out_dir / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     lines = [f"# {' against '.join(arms)}", "", text, "", "![validation loss](curves.png)", "![paired differences](paired.png)", ""]
-    lines += [f"Endpoint: {comparison.endpoint} validation loss. Made by `{origin['command']}` on {origin['device']}, torch {torch.__version__},"]
+    lines += [f"Endpoint: {ENDPOINTS[comparison.endpoint][0]}. Made by `{origin['command']}` on {origin['device']}, torch {torch.__version__},"]
     revision = f"revision {origin['git_revision'] or 'unknown'}{' with local changes' if origin['git_modified'] else ''}"
     lines += [f"{revision}, code sha256 {origin['code_sha256'][:12]}; configurations and every cell: report.json.", ""]
     write_file(out_dir / "report.md", "\n".join(lines).encode())

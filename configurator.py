@@ -19,6 +19,8 @@ import os
 import re
 import runpy
 import sys
+import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +56,11 @@ class TrainConfig:
     dataset: str = "openwebtext"  # a name under data/, or a directory with train.bin, val.bin and meta.json
     gradient_accumulation_steps: int = 40  # batches per optimizer step, over all processes
     batch_size: int = 12  # sequences per batch
-    block_size: int = 1024  # tokens per sequence (T)
+    block_size: int = 1024  # tokens per sequence of text (T)
+    # pictures
+    patch_size: int = 2  # side of a token in pixels
+    crop_pad: int = 2  # augmentation: random shifts by up to so many pixels
+    flip: bool = True  # augmentation: random horizontal flips
     # model
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
@@ -93,9 +99,10 @@ class TrainConfig:
             if not ok:
                 raise InputError(message)
 
-        for key in ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd"):
+        counts = ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size", "block_size", "patch_size")
+        for key in (*counts, "n_layer", "n_head", "n_embd"):
             need(getattr(self, key) >= 1, f"--{key}={getattr(self, key)} must be at least 1")
-        for key in ("eval_tokens", "vocab_size", "max_iters", "warmup_iters", "seed", "weight_decay", "grad_clip"):
+        for key in ("eval_tokens", "vocab_size", "max_iters", "warmup_iters", "seed", "weight_decay", "grad_clip", "crop_pad"):
             need(getattr(self, key) >= 0, f"--{key}={getattr(self, key)} must not be negative")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -109,7 +116,8 @@ class TrainConfig:
             self.n_embd % self.n_head == 0,
             f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}: each head has n_embd / n_head channels",
         )
-        check_diffusion_heads(self.diffusion_heads, self.n_layer, self.n_head)
+        if self.init_from in ("scratch", "resume"):  # else the sizes come from a checkpoint, and are checked when it is read
+            check_diffusion_heads(self.diffusion_heads, self.n_layer, self.n_head)
         keys_of_arm = ("diffusion_alpha", "diffusion_lambda", "diffusion_heads")
         changed = [key for key in keys_of_arm if getattr(self, key) != getattr(TrainConfig, key)]
         need(self.diffusion or not changed, f"--{'/'.join(changed)} has no effect without --diffusion=True")
@@ -159,7 +167,11 @@ def _bool_and_int_tuple_rule(type_info) -> PrimitiveConstructorSpec | None:
             return words[strings[0].lower()]
 
         return PrimitiveConstructorSpec(
-            nargs=1, metavar="{True,False}", instance_from_str=to_bool, is_instance=lambda x: isinstance(x, bool), str_from_instance=lambda x: [str(x)]
+            nargs=1,
+            metavar="{True,False}",
+            instance_from_str=to_bool,
+            is_instance=lambda x: isinstance(x, bool),
+            str_from_instance=lambda x: [str(x)],
         )
     if type_info.type == tuple[int, ...]:
         return PrimitiveConstructorSpec(
@@ -177,22 +189,26 @@ _registry.primitive_rule(_bool_and_int_tuple_rule)
 
 
 def _parse(cls, args: list[str], origin: str):
-    """Parses --key=value strings with tyro; its boxed error becomes one line that starts with `origin`. --help prints and exits."""
-    captured = io.StringIO()
+    """Parses --key=value strings with tyro. Its boxed errors become one line that starts with `origin`; --help prints and exits."""
+
+    def attempt(some: list[str]):
+        with contextlib.redirect_stderr(io.StringIO()), _registry:
+            return tyro.cli(cls, args=some, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+
     try:
-        with contextlib.redirect_stderr(captured), _registry:
-            return tyro.cli(cls, args=args, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+        return attempt(args)
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip("│╭╮╰╯─ \t") for line in captured.getvalue().splitlines()]
-        cause = []
-        for line in lines[1:]:  # the first line is the title of the box, a ruler of dashes ends the cause
-            if not line:
-                break
-            cause.append(line)
-        message = re.sub(r"\s+", " ", " ".join(cause)).removeprefix("Error parsing ")
-        raise InputError(f"{origin}{message or 'cannot parse ' + ' '.join(args)}") from None
+    for arg in args:  # which one it was: keys are known to exist, so a value must be of the wrong type
+        try:
+            attempt([arg])
+        except SystemExit:
+            key, _, value = arg[2:].partition("=")
+            wanted = typing.get_type_hints(cls)[key]
+            wanted = getattr(wanted, "__name__", wanted) if isinstance(wanted, type) else str(wanted).replace("tuple[int, ...]", "int[,int...]")
+            raise InputError(f"{origin}--{key}={value[:200]} is not of type {wanted}") from None
+    raise InputError(f"{origin}cannot parse {' '.join(args)[:200]}")
 
 
 def check_keys(keys: list[str], known: list[str], origin: str = ""):
@@ -212,11 +228,11 @@ def field_names(cls) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
-def read_config_file(path: str | os.PathLike, _open: tuple[Path, ...] = ()) -> dict[str, object]:
-    """The plain values that a config file assigns, after those of the file it names as `base`.
+def read_config_file(path: str | os.PathLike, _open: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, object]]]:
+    """The plain values that a config file assigns: [(file, values)], that of its `base` first.
 
-    Names with a leading underscore, modules and functions are the file's own business. Raises InputError when the file is missing,
-    is not valid Python, or includes itself.
+    Names with a leading underscore, modules, functions and classes are the file's own business. Raises InputError when the file is missing, fails,
+    includes itself, or assigns what no option could say.
     """
     path = Path(path)
     if not path.is_file():
@@ -225,7 +241,7 @@ def read_config_file(path: str | os.PathLike, _open: tuple[Path, ...] = ()) -> d
         raise InputError(f"config file {path} includes itself through `base`")
     try:
         namespace = runpy.run_path(str(path))
-    except Exception as error:  # whatever the user's file raises, its name and the line matter, not our stack
+    except (Exception, SystemExit) as error:  # whatever the user's file raises, its name and the line matter, not our stack
         where = getattr(error, "lineno", None)
         traceback = error.__traceback__
         while traceback is not None:
@@ -233,12 +249,16 @@ def read_config_file(path: str | os.PathLike, _open: tuple[Path, ...] = ()) -> d
                 where = traceback.tb_lineno
             traceback = traceback.tb_next
         raise InputError(f"config file {path}{f', line {where}' if where else ''}: {type(error).__name__}: {error}".replace("\n", " ")) from None
-    plain = (bool, int, float, str, tuple, list, type(None))
-    values = {key: value for key, value in namespace.items() if not key.startswith("_") and isinstance(value, plain)}
+    values = {key: value for key, value in namespace.items() if not key.startswith("_") and not isinstance(value, types.ModuleType | type)}
+    values = {key: value for key, value in values.items() if not isinstance(value, types.FunctionType)}
+    for key, value in values.items():
+        parts = value if isinstance(value, tuple | list) else [value]
+        if not all(isinstance(part, bool | int | float | str | None) for part in parts):
+            raise InputError(f"config file {path}: {key} is a {type(value).__name__}: it must be a plain number, text, truth value, or tuple of them")
+    layers = []
     if "base" in values:
-        base = values.pop("base")
-        return read_config_file(path.parent / str(base), (*_open, path.resolve())) | values
-    return values
+        layers = read_config_file(path.parent / str(values.pop("base")), (*_open, path.resolve()))
+    return [*layers, (path, values)]
 
 
 def _as_option(key: str, value) -> str:
@@ -271,12 +291,12 @@ def build(cls, files: list[str], options: list[tuple[str, str]]):
     known = field_names(cls)
     args = []
     for file in files:
-        values = read_config_file(file)
-        origin = f"config file {file}: "
-        check_keys(list(values), known, origin)
-        file_args = [_as_option(key, value) for key, value in values.items()]
-        _parse(cls, file_args, origin)  # alone first, so that a wrong type names the file
-        args += file_args
+        for path, values in read_config_file(file):
+            origin = f"config file {path}: "
+            check_keys(list(values), known, origin)
+            file_args = [_as_option(key, value) for key, value in values.items()]
+            _parse(cls, file_args, origin)  # alone first, so that a wrong type names the file
+            args += file_args
     check_keys([key for key, _ in options], known)
     config = _parse(cls, args + [f"--{key}={value}" for key, value in options], "")
     return config.check() if hasattr(config, "check") else config

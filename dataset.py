@@ -1,9 +1,11 @@
-"""Token data sets: the files that data/NAME/prepare.py writes and the batches that train.py draws from them.
+"""Data sets, tokens or pictures: the files that data/NAME/prepare.py writes and the batches that train.py draws from them.
 
-On disk a data set is a directory with
+On disk a data set of tokens is a directory with
 
     train.bin, val.bin   token ids, uint16, little-endian, nothing else (nanoGPT's format)
     meta.json            source and its sha256, vocab_size, tokenizer, and per split the count of tokens and the sha256 of the file
+
+and one of pictures has uint8 pictures N x 3 x S x S in train.bin and val.bin, and uint16 labels in train_labels.bin and val_labels.bin.
 
 A training batch is a pure function of (seed, step): resuming needs no generator state, every arm of a comparison sees the same data, and any
 number of processes cuts the same global batch into its own rows.
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import InputError
+from configurator import InputError, TrainConfig
 
 ROOT = Path(__file__).resolve().parent
 DATA_STREAM = 1  # SeedSequence keys (seed, stream, step): train.py's dropout is stream 2
@@ -37,6 +39,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def put_in_place(temporary: Path, path: Path):
+    """Renames a complete, synced file to its name and syncs the directory, so that a power loss does not undo the rename."""
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
 def write_file(path: Path, content: bytes):
     """Writes a file whole or not at all: temporary name in the same directory, fsync, rename. Raises InputError when it cannot."""
     path = Path(path)
@@ -46,7 +58,7 @@ def write_file(path: Path, content: bytes):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; whatever was there before is unchanged") from None
     finally:
@@ -59,6 +71,8 @@ def write_tokens(directory: Path, train: np.ndarray, val: np.ndarray, meta: dict
     directory = Path(directory)
     splits = {}
     for name, ids in (("train", train), ("val", val)):
+        if len(ids) and not 0 <= np.min(ids) <= np.max(ids) < 2**16:
+            raise InputError(f"the {name} split has token ids from {np.min(ids)} to {np.max(ids)}: uint16 holds 0 to 65535")
         content = np.ascontiguousarray(ids, dtype="<u2").tobytes()
         write_file(directory / f"{name}.bin", content)
         splits[name] = {"tokens": len(ids), "sha256": hashlib.sha256(content).hexdigest()}
@@ -104,7 +118,8 @@ def prepare_if_missing(dataset: str):
 class Tokenizer:
     """Text <-> ids from the description in meta.json or in a checkpoint, so that neither needs the other's folder.
 
-    {"type": "char", "characters": "..."}: the id of a character is its place in the string. {"type": "gpt2"}: GPT-2's BPE by tiktoken.
+    {"type": "char", "characters": "..."}: the id of a character is its place in the string; with "unknown": "?", any other character gets the
+    id of that one. {"type": "gpt2"}: GPT-2's BPE by tiktoken.
     """
 
     def __init__(self, description: dict):
@@ -112,6 +127,7 @@ class Tokenizer:
         if self.type == "char":
             self.characters = description["characters"]
             self.ids = {character: i for i, character in enumerate(self.characters)}
+            self.unknown = self.ids.get(description.get("unknown"))
         elif self.type == "gpt2":
             self.bpe = gpt2_bpe()
         else:
@@ -122,10 +138,10 @@ class Tokenizer:
         if self.type == "gpt2":
             return self.bpe.encode(text, allowed_special={"<|endoftext|>"})
         for place, character in enumerate(text):
-            if character not in self.ids:
+            if character not in self.ids and self.unknown is None:
                 known = "".join(c for c in self.characters if c.isprintable())
                 raise InputError(f"character {character!r} at position {place} is not in the model's vocabulary of {len(self.characters)}: {known}")
-        return [self.ids[character] for character in text]
+        return [self.ids.get(character, self.unknown) for character in text]
 
     def decode_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of one token (for BPE perhaps a part of a character). Ids beyond the vocabulary (padding rows) give b''."""
@@ -157,6 +173,40 @@ def gpt2_bpe():
 # Batches
 
 
+def stream(seed: int, step: int) -> np.random.Generator:
+    """The data generator of one step: counter-based, so that any step's draws are had without those before it."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, DATA_STREAM, step])))
+
+
+def read_meta(dataset: str) -> tuple[Path, dict]:
+    """Directory and meta.json of a data set. Raises InputError when it cannot be read."""
+    path = directory_of(dataset) / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        kind = meta["kind"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}): run {path.parent / 'prepare.py'} again") from None
+    if kind not in ("tokens", "pictures"):
+        raise InputError(f"{path} describes {kind!r}; this version reads tokens and pictures")
+    return path.parent, meta
+
+
+def incomplete(directory: Path, error: Exception) -> InputError:
+    """The error for a meta.json that lacks what it must have."""
+    return InputError(f"{directory / 'meta.json'} is incomplete ({type(error).__name__}: {error}): run {directory / 'prepare.py'} again")
+
+
+def check_file(path: Path, size: int, sha256: str):
+    """Raises InputError unless the file has `size` bytes and, up to HASH_AT_LOAD, the checksum that meta.json states."""
+    again = f"run {path.parent / 'prepare.py'} again"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {again}")
+    if path.stat().st_size != size:
+        raise InputError(f"{path} has {path.stat().st_size} bytes, meta.json says {size}: {again}")
+    if size <= HASH_AT_LOAD and sha256_of(path) != sha256:
+        raise InputError(f"{path} does not have the sha256 that meta.json states: {again}")
+
+
 class Tokens:
     """The two splits of a data set as tensors on `device` when they fit there, else memory-mapped on the CPU.
 
@@ -167,31 +217,25 @@ class Tokens:
     def __init__(self, dataset: str, block_size: int, device):
         import torch
 
-        directory = directory_of(dataset)
+        directory, meta = read_meta(dataset)
         try:
-            meta = json.loads((directory / "meta.json").read_text())
             self.vocab_size, self.tokenizer = int(meta["vocab_size"]), meta["tokenizer"]
             self.checksum = {name: meta["splits"][name]["sha256"] for name in ("train", "val")}
             counts = {name: int(meta["splits"][name]["tokens"]) for name in ("train", "val")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{directory / 'meta.json'} cannot be read ({type(error).__name__}: {error}): run {directory / 'prepare.py'} again") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise incomplete(directory, error) from None
         self.block_size, self.device = block_size, torch.device(device)
         self.split = {}
         for name, count in counts.items():
             path = directory / f"{name}.bin"
-            again = f"run {directory / 'prepare.py'} again"
-            if not path.is_file():
-                raise InputError(f"{path} is missing: {again}")
-            if path.stat().st_size != 2 * count:
-                raise InputError(f"{path} has {path.stat().st_size} bytes, meta.json says {count} tokens of 2 bytes: {again}")
-            if path.stat().st_size <= HASH_AT_LOAD and sha256_of(path) != self.checksum[name]:
-                raise InputError(f"{path} does not have the sha256 that meta.json states: {again}")
+            check_file(path, 2 * count, self.checksum[name])
             if count < block_size + 1:
                 raise InputError(f"{path} has {count} tokens, fewer than one sequence of --block_size={block_size} and its target")
             # mode "c" is copy-on-write: torch wants a writable array and the file must stay as it is. int16 because uint16 lacks operators.
-            tokens = torch.from_numpy(np.memmap(path, dtype="<i2", mode="c"))
-            if path.stat().st_size <= HASH_AT_LOAD and int(self._unsigned(tokens).max()) >= self.vocab_size:
-                raise InputError(f"{path} has token id {int(self._unsigned(tokens).max())}, the vocabulary has {self.vocab_size}: {again}")
+            tokens = np.memmap(path, dtype="<i2", mode="c")
+            if 2 * count <= HASH_AT_LOAD and (top := int(tokens.view("<u2").max())) >= self.vocab_size:
+                raise InputError(f"{path} has token id {top}, the vocabulary has {self.vocab_size}: run {directory / 'prepare.py'} again")
+            tokens = torch.from_numpy(tokens)
             self.split[name] = tokens
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
@@ -204,14 +248,13 @@ class Tokens:
     def _unsigned(tokens):
         return tokens.long() & 0xFFFF
 
-    def offsets(self, seed: int, step: int, rows: int) -> np.ndarray:
+    def draw(self, seed: int, step: int, rows: int) -> np.ndarray:
         """(rows,) int64: where the sequences of the global batch of `step` begin in train.bin. A pure function of its arguments."""
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, DATA_STREAM, step])))
-        return generator.integers(0, len(self.split["train"]) - self.block_size, size=rows)
+        return stream(seed, step).integers(0, len(self.split["train"]) - self.block_size, size=rows)
 
-    def sequences(self, offsets):
-        """(B,) int64 offsets on `home` -> inputs x and targets y, (B, T) int64 on `device`; y is x one token later."""
-        chunk = self._unsigned(self.split["train"][offsets[:, None] + self.span])  # (B, T + 1)
+    def batch(self, drawn):
+        """(B,) int64 starts on `home` -> inputs x and targets y, (B, T) int64 on `device`; y is x one token later."""
+        chunk = self._unsigned(self.split["train"][drawn[:, None] + self.span])  # (B, T + 1)
         if self.home != self.device:
             chunk = chunk.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else chunk.to(self.device)
         return chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
@@ -240,3 +283,95 @@ class Tokens:
             x, y = chunk[:, :-1], chunk[:, 1:].masked_fill(index[:, 1:] >= len(tokens), -1)
             targets = int(np.clip(len(tokens) - 1 - rows, 0, T).sum())
             yield x.contiguous().to(self.device), y.contiguous().to(self.device), targets
+
+
+class Pictures:
+    """The two splits of a data set of square pictures, uint8, on `device`; augmentation and normalisation are vectorised there.
+
+    Attributes: n_classes, image_size, checksum, tokenizer (what a checkpoint needs to name classes and to normalise), block_size (patches of a
+    picture). Raises InputError for a missing or damaged data set.
+    """
+
+    def __init__(self, dataset: str, patch_size: int, pad: int, flip: bool, device):
+        import torch
+
+        directory, meta = read_meta(dataset)
+        self.device, self.pad, self.flip = torch.device(device), pad, flip
+        try:
+            self.n_classes, (_, self.image_size, _) = int(meta["classes"]), meta["shape"]
+            self.tokenizer = {"type": "pictures", **{key: meta[key] for key in ("class_names", "mean", "std", "shape")}}
+            self.checksum = {}
+            self.split = {}
+            for name in ("train", "val"):
+                entry = meta["splits"][name]
+                count = int(entry["pictures"])
+                self.checksum |= {name: entry["sha256"], f"{name}_labels": entry["labels_sha256"]}
+                check_file(directory / f"{name}.bin", count * 3 * self.image_size**2, entry["sha256"])
+                check_file(directory / f"{name}_labels.bin", 2 * count, entry["labels_sha256"])
+                pictures = np.fromfile(directory / f"{name}.bin", dtype=np.uint8).reshape(count, 3, self.image_size, self.image_size)
+                labels = np.fromfile(directory / f"{name}_labels.bin", dtype="<u2").astype(np.int64)
+                if count == 0 or labels.max() >= self.n_classes:
+                    raise InputError(f"{directory / f'{name}_labels.bin'} has labels beyond the {self.n_classes} classes, or no picture")
+                self.split[name] = torch.from_numpy(pictures).to(device), torch.from_numpy(labels).to(device)
+            scale = [torch.tensor(meta[key], dtype=torch.float32, device=device).view(3, 1, 1) for key in ("mean", "std")]
+        except (ValueError, KeyError, TypeError) as error:
+            raise incomplete(directory, error) from None
+        if self.image_size % patch_size:
+            raise InputError(f"--patch_size={patch_size} does not divide the pictures' side of {self.image_size} pixels")
+        self.mean, self.std = scale[0], scale[1].clamp(min=1 / 255)  # a channel may be constant
+        self.block_size = (self.image_size // patch_size) ** 2
+        self.home = self.device
+        self.span = torch.arange(self.image_size, device=device)
+
+    def draw(self, seed: int, step: int, rows: int) -> np.ndarray:
+        """(rows, 4) int64: picture, vertical and horizontal shift in -pad..pad, flip in 0..1. A pure function of its arguments."""
+        generator = stream(seed, step)
+        which = generator.integers(0, len(self.split["train"][0]), size=(rows, 1))
+        shift = generator.integers(-self.pad, self.pad + 1, size=(rows, 2))
+        flip = generator.integers(0, 1 + self.flip, size=(rows, 1))
+        return np.concatenate((which, shift, flip), axis=1)
+
+    def normalise(self, pictures):
+        """uint8 (B, 3, S, S) -> float32, mean 0 and standard deviation 1 per channel over the training pictures."""
+        return (pictures.float() / 255 - self.mean) / self.std
+
+    def batch(self, drawn):
+        """(B, 4) draws -> augmented pictures (B, 3, S, S) float32 and labels (B,) int64. What a shift brings in from outside is the mean colour."""
+        import torch
+
+        pictures, labels = self.split["train"]
+        which, flip = drawn[:, 0], drawn[:, 3:] == 1
+        last = self.image_size - 1
+        rows, columns = self.span + drawn[:, 1:2], self.span + drawn[:, 2:3]  # (B, S)
+        columns = torch.where(flip, last - columns, columns)
+        inside = ((rows >= 0) & (rows <= last))[:, :, None] & ((columns >= 0) & (columns <= last))[:, None, :]  # (B, S, S)
+        rows, columns = rows.clamp(0, last), columns.clamp(0, last)
+        channels = torch.arange(3, device=self.device)[None, :, None, None]
+        chosen = pictures[which[:, None, None, None], channels, rows[:, None, :, None], columns[:, None, None, :]]  # (B, 3, S, S)
+        return self.normalise(chosen) * inside[:, None], labels[which]
+
+    def validation(self, batch_size: int, eval_tokens: int = 0, rank: int = 0, world: int = 1):
+        """Yields (pictures, labels, number of them) over the validation set in order, this rank's share; the last batch is filled with label -1.
+
+        eval_tokens > 0 takes eval_tokens // block_size pictures (at least one), evenly spaced.
+        """
+        import torch
+
+        pictures, labels = self.split["val"]
+        chosen = np.arange(len(pictures))
+        wanted = max(1, eval_tokens // self.block_size)
+        if eval_tokens and wanted < len(chosen):
+            chosen = np.linspace(0, len(pictures) - 1, wanted).round().astype(np.int64)
+        chosen = chosen[rank::world]
+        for first in range(0, len(chosen), batch_size):
+            part = chosen[first : first + batch_size]
+            index = torch.from_numpy(np.resize(part, batch_size)).to(self.device)
+            filled = torch.arange(batch_size, device=self.device) >= len(part)
+            yield self.normalise(pictures[index]), labels[index].masked_fill(filled, -1), len(part)
+
+
+def load(config: TrainConfig, device) -> Tokens | Pictures:
+    """The data set of --dataset on its device. Raises InputError."""
+    if read_meta(config.dataset)[1]["kind"] == "pictures":
+        return Pictures(config.dataset, config.patch_size, config.crop_pad, config.flip, device)
+    return Tokens(config.dataset, config.block_size, device)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from configurator import InputError
 
-KEYS = ("step", "train_loss", "val_loss", "ms", "tokens_per_s", "lr", "grad_norm", "mfu")
+KEYS = ("step", "train_loss", "val_loss", "top1", "top5", "ms", "tokens_per_s", "lr", "grad_norm", "mfu")
 
 
 class Metrics:
     """Rows with the keys of KEYS, null where a row does not have the value; each row is on disk when `record` returns.
 
-    train_loss: mean over the steps since the last row (nats); val_loss: mean over the validation set; ms: per iteration, without evaluation.
+    train_loss: mean over the steps since the last row (nats); val_loss: mean over the validation set;
+    top1, top5: share of validation pictures whose class is the first, or among the first five, of the model; ms: per iteration, without evaluation.
     The open file is locked, so that two trainings cannot share a directory; a dead process holds no lock.
     """
 
@@ -46,7 +47,8 @@ class Metrics:
 
                 self.wandb = wandb.init(dir=out_dir, **wandb_options)
             except Exception as error:  # wandb's errors have no common class
-                raise InputError(f"--wandb_log=True: {type(error).__name__}: {error} (pip install wandb; WANDB_MODE=offline needs no account)") from None
+                hint = "pip install wandb; WANDB_MODE=offline needs no account"
+                raise InputError(f"--wandb_log=True: {type(error).__name__}: {error} ({hint})") from None
 
     def record(self, **values):
         """Appends one row."""

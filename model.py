@@ -180,6 +180,9 @@ class Network(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
+        heads = config.diffusion_heads
+        if len(heads) not in (0, 1, config.n_layer) or any(not 0 <= h <= config.n_head for h in heads):
+            raise ValueError(f"diffusion_heads {heads} must be empty, one number, or one per layer, each in 0..n_head")
         self.config = config
         self.transformer = nn.ModuleDict(
             dict(

@@ -73,17 +73,22 @@ def find_place(device: str, dtype: str, distributed: bool = True) -> Place:
     return Place(rank, world, found, getattr(torch, dtype), peak)
 
 
-def cpu_hours(flops: float) -> float:
-    """Hours that this CPU needs for so many floating-point operations, at the rate of a float32 matrix product measured now (20 ms)."""
+def say(message: str):
+    """One line to the person, without tearing a progress bar."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def warn_if_long(flops: float, place: Place):
+    """On a CPU: says how long so many floating-point operations take at the rate of a matrix product measured now, when that is over half an hour."""
+    if place.device.type != "cpu":
+        return
     a, seconds = torch.randn(512, 512), []
     for _ in range(8):
         start = time.perf_counter()
         a @ a
         seconds.append(time.perf_counter() - start)
-    return flops * min(seconds) / (2 * 512**3) / 3600
-
-
-def say(message: str):
-    """One line to the person, without tearing a progress bar."""
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
+    hours = flops * min(seconds) / (2 * 512**3) / 3600 / place.world
+    if hours > 0.5:
+        length = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+        say(f"note: at least {length} on this CPU; config/quick.py and config/quick_laplacian.py are for CPUs and take a minute each")

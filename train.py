@@ -34,10 +34,10 @@ from tqdm import tqdm
 
 import checkpoint
 import onednn
-from dataset import Tokens, prepare_if_missing
+from dataset import Pictures, Tokens, load, prepare_if_missing
 from metrics import Metrics
-from model import GPT, GPTConfig
-from place import Place, cpu_hours, find_place, say
+from model import GPT, GPTConfig, ViT, ViTConfig
+from place import Place, find_place, say, warn_if_long
 
 DROPOUT_STREAM = 2  # SeedSequence keys (seed, stream, step, rank): dataset.py's data order is stream 1
 EVAL_TOKENS = 8192  # tokens of a validation batch at least, however small the training batch is
@@ -69,29 +69,15 @@ class Program(NamedTuple):
 
     config: TrainConfig
     place: Place
-    data: Tokens
-    model: GPT
+    data: Tokens | Pictures
+    model: GPT | ViT
     weights: dict | None  # given by init_from, None for init_weights(seed)
+    tokens: int  # of the global batch
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: Callable
     evaluate: Callable
     mode: str
-
-
-def starting_weights(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
-    """The weights that init_from names, and the config with their architecture; (config, None) for scratch and resume. Raises InputError."""
-    if config.init_from in ("scratch", "resume"):
-        return config, None
-    if config.init_from.endswith(".pt"):
-        weights, architecture = checkpoint.read_nanogpt(Path(config.init_from))
-    else:
-        weights, architecture = checkpoint.read_weights(Path(config.init_from))
-    sizes = {key: architecture[key] for key in ("n_layer", "n_head", "n_embd", "bias", "vocab_size")}
-    if config.block_size > architecture["block_size"]:
-        raise InputError(f"--block_size={config.block_size} is longer than the {architecture['block_size']} positions of {config.init_from}")
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
-    return dataclasses.replace(config, **sizes).check(), weights
 
 
 def make_optimizer(config: TrainConfig, model: GPT, graphed: bool) -> torch.optim.AdamW:
@@ -121,20 +107,25 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def tokens_per_step(config: TrainConfig) -> int:
-    """Tokens of the global batch."""
-    return config.batch_size * config.gradient_accumulation_steps * config.block_size
+def make_model(config: TrainConfig, data: Tokens | Pictures) -> GPT | ViT:
+    """A GPT for tokens, a ViT for pictures, on the CPU."""
+    if isinstance(data, Pictures):
+        kind, sizes = ViTConfig, {"image_size": data.image_size, "n_classes": data.n_classes}
+    else:
+        kind, sizes = GPTConfig, {"vocab_size": config.vocab_size or data.vocab_size}
+        if sizes["vocab_size"] < data.vocab_size:
+            raise InputError(f"--vocab_size={config.vocab_size} is smaller than the {data.vocab_size} tokens of --dataset={config.dataset}")
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(kind) if field.name not in sizes}
+    return (ViT if kind is ViTConfig else GPT)(kind(**shared, **sizes))
 
 
 def build(config: TrainConfig, place: Place) -> Program:
     """Data, model, optimizer, and the step compiled as far as the machine allows. Raises InputError for unusable data or keys."""
-    config, weights = starting_weights(config)
-    data = Tokens(config.dataset, config.block_size, place.device)
-    if 0 < config.vocab_size < data.vocab_size:
-        raise InputError(f"--vocab_size={config.vocab_size} is smaller than the {data.vocab_size} tokens of --dataset={config.dataset}")
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)}
-    model = GPT(GPTConfig(**shared | {"vocab_size": config.vocab_size or data.vocab_size})).to(place.device)
-    if place.device.type == "cpu":
+    config, weights = checkpoint.starting_weights(config)
+    data = load(config, place.device)
+    model = make_model(config, data).to(place.device)
+    compiled = place.device.type == "cuda" if config.compile is None else config.compile
+    if place.device.type == "cpu" and not compiled:  # the compiler has its own way to such products
         onednn.accelerate(model)
     network = torch.nn.parallel.DistributedDataParallel(model) if place.world > 1 else model
 
@@ -144,35 +135,39 @@ def build(config: TrainConfig, place: Place) -> Program:
         raise InputError(f"the global batch of {rows} sequences is too small for {place.world} processes: raise --gradient_accumulation_steps")
     mine = np.array_split(np.arange(rows), place.world)[place.rank]
     micro_batches = np.array_split(mine, math.ceil(len(mine) / config.batch_size))
-    offsets = [torch.zeros(len(micro_batch), dtype=torch.int64, device=data.home) for micro_batch in micro_batches]
+    drawn = [torch.from_numpy(data.draw(0, 0, len(micro_batch))).to(data.home) for micro_batch in micro_batches]
 
-    compiled = place.device.type == "cuda" if config.compile is None else config.compile
+    tokens = rows * data.block_size
     graphed = place.device.type == "cuda" and place.world == 1 and compiled and place.dtype != torch.float16
     if config.cuda_graph and not graphed:
         raise InputError("--cuda_graph=True needs one CUDA device, compile, and bfloat16 or float32")
-    graphed = graphed and (tokens_per_step(config) <= GRAPH_TOKENS if config.cuda_graph is None else config.cuda_graph)
+    graphed = graphed and (tokens <= GRAPH_TOKENS if config.cuda_graph is None else config.cuda_graph)
     optimizer = make_optimizer(config, model, graphed)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
 
-    def loss_of(x, y):  # (B, T) inputs and targets -> mean loss; the logits stay inside, where the compiler can fuse them
+    def loss_of(x, y):  # a batch -> its mean loss; the logits stay inside, where the compiler can fuse them
         with place.autocast():
             return network(x, y)[1]
 
-    def validation_loss_of(x, y):
+    def scores_of(x, y):  # a batch -> mean loss; for pictures also the numbers of labels that are first and among the first five
         with place.autocast():
-            return model(x, y)[1]
+            logits, loss = model(x, y)
+        if isinstance(model, GPT):
+            return loss[None]
+        hits = logits.topk(min(5, logits.size(-1))).indices == y[:, None]
+        return torch.stack((loss, hits[:, 0].sum(), hits.sum()))
 
     if compiled:
-        loss_of, validation_loss_of = torch.compile(loss_of, dynamic=False), torch.compile(validation_loss_of, dynamic=False)
+        loss_of, scores_of = torch.compile(loss_of, dynamic=False), torch.compile(scores_of, dynamic=False)
 
     def update():
-        """Forward, backward, clipping and AdamW on the sequences that `offsets` names."""
+        """Forward, backward, clipping and AdamW on the examples that `drawn` names."""
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=place.device)
-        for i, starts in enumerate(offsets):
-            last = i == len(offsets) - 1
+        for i, examples in enumerate(drawn):
+            last = i == len(drawn) - 1
             with contextlib.nullcontext() if last or place.world == 1 else network.no_sync():
-                loss = loss_of(*data.sequences(starts)) * (len(starts) / rows)
+                loss = loss_of(*data.batch(examples)) * (len(examples) / rows)
                 scaler.scale(loss * place.world).backward()  # DDP divides the sum over processes by their number
             total += loss.detach()
         scaler.unscale_(optimizer)
@@ -188,7 +183,8 @@ def build(config: TrainConfig, place: Place) -> Program:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            warnings.warn(f"torch.compile FAILED here; going on without it, slower: {type(error).__name__}: {str(error).splitlines()[0]}")
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            warnings.warn(f"torch.compile FAILED here; going on without it, slower: {reason}", stacklevel=2)
             return build(dataclasses.replace(config, compile=False, cuda_graph=False), place)
     if graphed:
         side = torch.cuda.Stream()
@@ -207,9 +203,9 @@ def build(config: TrainConfig, place: Place) -> Program:
             return results
 
     def step(seed: int, i: int):
-        order = data.offsets(seed, i, rows)
-        for starts, micro_batch in zip(offsets, micro_batches):
-            starts.copy_(torch.from_numpy(order[micro_batch]))
+        batch = data.draw(seed, i, rows)
+        for examples, micro_batch in zip(drawn, micro_batches):
+            examples.copy_(torch.from_numpy(batch[micro_batch]))
         key = np.random.SeedSequence([seed, DROPOUT_STREAM, i, place.rank]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(key >> 1))  # the global generators serve dropout alone
         for group in optimizer.param_groups:
@@ -221,21 +217,23 @@ def build(config: TrainConfig, place: Place) -> Program:
         return run()
 
     @torch.no_grad()
-    def evaluate() -> float:
-        """Mean cross-entropy over the validation set, or eval_tokens of it: summed, reduced over processes, divided once."""
+    def evaluate() -> dict[str, float]:
+        """val_loss, and top1 and top5 for pictures, over the validation set or eval_tokens of it: summed, reduced over processes, divided once."""
         model.eval()
-        batches = data.validation(max(config.batch_size, EVAL_TOKENS // config.block_size), config.eval_tokens, place.rank, place.world)
-        parts = [(validation_loss_of(x, y), count) for x, y, count in batches]
-        counts = torch.tensor([count for _, count in parts], dtype=torch.float64)
-        losses = torch.stack([loss for loss, _ in parts]).cpu().double() if parts else counts
-        total = torch.stack((losses @ counts, counts.sum()))
+        batches = data.validation(max(config.batch_size, EVAL_TOKENS // data.block_size), config.eval_tokens, place.rank, place.world)
+        parts = [(scores_of(x, y), count) for x, y, count in batches]
+        names = ("val_loss",) if isinstance(model, GPT) else ("val_loss", "top1", "top5")
+        total = torch.zeros(len(names) + 1, dtype=torch.float64)
+        for scores, count in zip(torch.stack([scores for scores, _ in parts]).cpu().double() if parts else [], [count for _, count in parts]):
+            scores[0] *= count  # a mean, the others are counts
+            total += torch.cat((scores, torch.tensor([count])))
         if place.world > 1:
             total = total.to(place.device)
             dist.all_reduce(total)
-        return float(total[0] / total[1])
+        return {name: float(value / total[-1]) for name, value in zip(names, total)}
 
     mode = "eager" if not compiled else "compiled, one CUDA graph per step" if graphed else "compiled"
-    return Program(config, place, data, model, weights, optimizer, scaler, step, evaluate, mode)
+    return Program(config, place, data, model, weights, tokens, optimizer, scaler, step, evaluate, mode)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -274,18 +272,21 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
 def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: bool = False) -> dict:
     """Trains one seed of `program` to max_iters; logs to out_dir/metrics.jsonl, checkpoints in out_dir/last and out_dir/best if `save`.
 
-    Returns step, best_val_loss, best_step, val_loss (the last), curve [[step, val_loss], ...], seconds (all of it), ms (per iteration, without
-    evaluation) and tokens_per_s. Raises Diverged, Interrupted, InputError.
+    Returns step, best_val_loss, best_step, the last evaluation (val_loss; for pictures top1, top5), curve [[step, *evaluation], ...], seconds (all of
+    it), ms (per iteration, without evaluation) and tokens_per_s. Raises Diverged, Interrupted, InputError.
     """
     config, place, model = program.config, program.place, program.model
     main = place.rank == 0
     began = time.perf_counter()
     step, resumed = start_state(program, seed, out_dir)
-    progress = {key: resumed.get(key) for key in ("val_loss", "best_val_loss", "best_step")}
+    progress = {key: resumed.get(key) for key in ("val_loss", "best_val_loss", "best_step", "evaluated")}  # evaluated: the last step that was
     metrics = None
     if main and not config.eval_only:
         wandb = {"project": config.wandb_project, "name": config.wandb_run_name or str(out_dir), "config": dataclasses.asdict(config)}
         metrics = Metrics(out_dir, step if resumed else None, config.overwrite, wandb if config.wandb_log else None)
+        if not resumed:  # a replaced run must not be taken for this one
+            checkpoint.remove(out_dir / "last")
+            checkpoint.remove(out_dir / "best")
 
     def record(**values):
         if metrics:
@@ -299,9 +300,10 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
 
     caught = []  # signals; the loop looks at them between two steps
     handlers = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
-    losses = torch.zeros(config.log_interval, device=place.device)  # of the steps not looked at yet: looking waits for the GPU
-    norms = torch.zeros_like(losses)
-    first, unread, done, train_seconds, curve = step, 0, 0, 0.0, []
+    # loss and gradient norm of the steps not looked at yet: looking waits for the GPU
+    losses = torch.zeros(max(1, min(config.log_interval, config.eval_interval, config.max_iters)), device=place.device)
+    norms, unread, done, train_seconds, since = torch.zeros_like(losses), 0, 0, 0.0, began
+    curve, scores = [], {}
     bar = tqdm(total=config.max_iters, initial=step, disable=not main or not sys.stderr.isatty(), smoothing=0.05, leave=False)
     try:
         while True:
@@ -316,15 +318,16 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                 stop = []
 
             if unread and (at_log or stop):
+                mine = losses[:unread].clone()
                 if place.world > 1:
-                    dist.all_reduce(losses)  # each process has summed its own rows
-                seen = list(zip(losses[:unread].tolist(), norms[:unread].tolist()))
+                    dist.all_reduce(mine)  # each process has summed its own rows
+                seen = list(zip(mine.tolist(), norms[:unread].tolist()))
                 seconds = time.perf_counter() - since
                 for i, (loss, norm) in enumerate(seen):
                     if not math.isfinite(loss) or not (math.isfinite(norm) or program.scaler.is_enabled()):  # the scaler skips such a step
                         raise Diverged(step - unread + i + 1, loss, norm)
                 loss = sum(loss for loss, _ in seen) / unread
-                ms, rate, lr = seconds / unread * 1e3, unread * tokens_per_step(config) / seconds, learning_rate(config, step - 1)
+                ms, rate, lr = seconds / unread * 1e3, unread * program.tokens / seconds, learning_rate(config, step - 1)
                 mfu = rate * model.flops_per_token() / (place.peak * place.world) if place.peak else None
                 record(step=step, train_loss=loss, ms=round(ms, 4), tokens_per_s=round(rate), lr=lr, grad_norm=norm, mfu=mfu)
                 done, train_seconds, unread = done + unread, train_seconds + seconds, 0
@@ -332,23 +335,28 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                     left = timedelta(seconds=round((config.max_iters - step) * train_seconds / done))
                     say(f"iter {step}: loss {loss:.4f}, {ms:.2f} ms, {rate:,.0f} tok/s, " + (f"mfu {mfu:.1%}, " if mfu else "") + f"left {left}")
 
-            if config.eval_only or (at_eval and not stop and (step > first or not resumed)):
-                progress["val_loss"] = program.evaluate()
+            if stop and step < config.max_iters:  # an evaluation that is due is made up for after resuming
+                write("last")
+                saved = f", saved in {out_dir / 'last'}; --init_from=resume continues" if save else ""
+                raise Interrupted(stop[0], f"stopped at step {step}{saved}")
+            if config.eval_only or (at_eval and progress["evaluated"] != step):
+                scores = program.evaluate()
+                if not math.isfinite(scores["val_loss"]):
+                    raise Diverged(step, scores["val_loss"], math.nan)
+                progress |= {"val_loss": scores["val_loss"], "evaluated": step}
                 if progress["best_val_loss"] is None or progress["val_loss"] < progress["best_val_loss"]:
                     progress |= {"best_val_loss": progress["val_loss"], "best_step": step}
-                curve.append([step, progress["val_loss"]])
-                record(step=step, val_loss=progress["val_loss"])
+                curve.append([step, *scores.values()])
+                record(step=step, **scores)
                 if main and not quiet:
-                    say(f"step {step}: val loss {progress['val_loss']:.4f}")
+                    more = "".join(f", {name} {share:.2%}" for name, share in scores.items() if name != "val_loss")
+                    say(f"step {step}: val loss {progress['val_loss']:.4f}{more}")
                 if progress["best_step"] == step > 0:
                     write("best")
                 if step > 0 and (config.always_save_checkpoint or step == config.max_iters):
                     write("last")
             if step >= config.max_iters or config.eval_only:
                 break
-            if stop:
-                write("last")
-                raise Interrupted(stop[0], f"stopped at step {step}" + (f", saved in {out_dir / 'last'}; --init_from=resume continues" if save else ""))
             if unread == 0:
                 since = time.perf_counter()
             losses[unread], norms[unread] = program.step(seed, step)
@@ -360,8 +368,8 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
         bar.close()
         if metrics:
             metrics.close()
-    speed = {"ms": train_seconds / done * 1e3, "tokens_per_s": done * tokens_per_step(config) / train_seconds} if done else {"ms": None, "tokens_per_s": None}
-    return {"step": step, **progress, "curve": curve, "seconds": time.perf_counter() - began, **speed}
+    speed = {"ms": train_seconds / done * 1e3, "tokens_per_s": done * program.tokens / train_seconds} if done else {"ms": None, "tokens_per_s": None}
+    return {"step": step, **progress, **scores, "curve": curve, "seconds": time.perf_counter() - began, **speed}
 
 
 def main(config: TrainConfig) -> int:
@@ -372,10 +380,7 @@ def main(config: TrainConfig) -> int:
     if place.rank == 0:
         arm = f"{config.diffusion_lambda:g} (A - {config.diffusion_alpha:g} I)" if config.diffusion else "A"
         say(f"{program.model.num_params() / 1e6:.2f} M parameters, arm {arm}; {place.name()} x {place.world}, {place.dtype}, {program.mode}")
-        hours = cpu_hours(program.model.flops_per_token() * config.max_iters * tokens_per_step(config)) / place.world
-        if place.device.type == "cpu" and hours > 0.5:
-            length = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
-            say(f"note: at least {length} on this CPU; config/quick.py and config/quick_laplacian.py are for CPUs and take a minute each")
+        warn_if_long(program.model.flops_per_token() * config.max_iters * program.tokens, place)
     try:
         result = train(program, config.seed, Path(config.out_dir))
     except Diverged as error:

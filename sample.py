@@ -1,0 +1,149 @@
+"""Text from a checkpoint, which is all it needs: the tokenizer is in it, so the data folder may be gone.
+
+    python sample.py --out_dir=out-quick
+    python sample.py --out_dir=out-quick --start="The head" --num_samples=3 --temperature=0.5
+    python sample.py --out_dir=out-gpt2 --start=FILE:prompt.txt --max_new_tokens=200
+
+The text appears while it is made. Each sample has a generator of its own, from the seed and its number: sample k is the same however many follow.
+
+Keys and values of the tokens read so far are kept, so a new token costs one position instead of the whole context. They hold positions, and cannot
+slide: when block_size tokens are read, the last half of them is read again, once, into an empty cache, and the model goes on from there. (nanoGPT
+slides its window by one and reads all of it again for each token.) So beyond block_size a token sees between block_size / 2 and block_size tokens.
+"""
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from configurator import InputError, TrainConfig, configure, one_line_errors
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Text from a checkpoint: python sample.py --out_dir=OUT_DIR [--start=TEXT] [--key=value ...]"""
+
+    out_dir: str = "out"  # directory of a run, or a checkpoint in it
+    which: str = "best"  # the run's checkpoint: best or last
+    start: str = ""  # the prompt, or FILE:PATH to read it; empty: a newline (character models) or <|endoftext|> (gpt2)
+    num_samples: int = 10  # texts, each after the same prompt
+    max_new_tokens: int = 500  # tokens per text, besides the prompt
+    temperature: float = 0.8  # divides the logits: below 1 bolder, above 1 more random; 0: always the most probable token
+    top_k: int = 200  # draw from the k most probable tokens only; 0: from all
+    seed: int = 1337  # of the draws
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16: of weights and cache; auto is float32 on the CPU
+
+    def check(self) -> "SampleConfig":
+        """Raises InputError for a value out of range; returns self."""
+        for key in ("num_samples", "max_new_tokens"):
+            if getattr(self, key) < 1:
+                raise InputError(f"--{key}={getattr(self, key)} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"--temperature={self.temperature} must be a finite number, 0 (greedy) or above")
+        if self.top_k < 0:
+            raise InputError(f"--top_k={self.top_k} must be 0 (all tokens) or above")
+        if self.which not in ("best", "last"):
+            raise InputError(f"--which={self.which} must be best or last")
+        TrainConfig(out_dir=self.out_dir, seed=self.seed, device=self.device, dtype=self.dtype).check()  # the same keys, the same limits
+        return self
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt key answer at once
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))  # all that was made is printed, so there is nothing to tidy up
+    with one_line_errors():
+        command_line = configure(SampleConfig)
+
+import codecs
+import math
+import sys
+
+import numpy as np
+import torch
+
+from checkpoint import load_model
+from model import GPT, KVCache
+from place import find_place
+
+SAMPLE_STREAM = 3  # SeedSequence keys (seed, stream, sample): dataset.py's data order is stream 1, train.py's dropout is stream 2
+
+
+def choose(logits, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """Draws an index of `logits` (V,), on the CPU, from softmax(logits / temperature) over the top_k largest (0: all). Temperature 0: the largest.
+
+    Raises InputError when the logits are not finite, as those of a run that diverged.
+    """
+    top = float(logits.max())
+    if not math.isfinite(top):
+        raise InputError(f"the model's largest logit is {top}: the weights are of a run that diverged, choose another checkpoint")
+    if temperature == 0 or top_k == 1:
+        return int(logits.argmax())
+    kept = None
+    if 0 < top_k < len(logits):
+        logits, kept = logits.topk(top_k)
+    probabilities = torch.softmax((logits - top) / temperature, dim=0)  # 0 at most, so that a tiny temperature cannot overflow
+    drawn = int(torch.multinomial(probabilities, 1, generator=generator))
+    return drawn if kept is None else int(kept[drawn])
+
+
+@torch.inference_mode()
+def generate(model: GPT, prompt_ids: list[int], max_new_tokens: int, temperature: float, top_k: int, generator: torch.Generator, vocabulary_size: int):
+    """Yields max_new_tokens token ids after prompt_ids (one at least; the last block_size of them are read), with a cache (see the top of the file).
+
+    The ids are below vocabulary_size: rows of the table beyond the tokenizer's are padding and never drawn. Drawing is on the CPU in float64,
+    whatever the model's device, so `generator` is a CPU generator. The model must be in eval mode. Raises InputError for logits not finite.
+    """
+    block_size, weight = model.config.block_size, model.transformer.wte.weight
+    cache = KVCache(model.config, 1, weight.device, weight.dtype)
+    context = list(prompt_ids)[-block_size:]  # what the cache holds, and the tokens still to read
+    unread = context
+    for _ in range(max_new_tokens):
+        if len(context) > block_size:
+            context = unread = context[-max(1, block_size // 2) :]
+            cache.length = 0
+        logits, _ = model(torch.tensor([unread], device=weight.device), cache=cache)  # (1, 1, vocab_size)
+        token = choose(logits[0, 0, :vocabulary_size].cpu().double(), temperature, top_k, generator)
+        yield token
+        context.append(token)
+        unread = [token]
+
+
+def read_start(start: str) -> str:
+    """The prompt that --start gives or names. Raises InputError for a file that cannot be read or is not UTF-8."""
+    if not start.startswith("FILE:"):
+        return start
+    try:
+        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8-sig")  # a byte order mark is no text
+    except OSError as error:
+        raise InputError(f"--start={start}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--start={start}: not UTF-8 at byte {error.start}, save the file as UTF-8") from None
+
+
+def main(config: SampleConfig):
+    """Prints num_samples texts, each followed by a line of dashes. Raises InputError."""
+    text = read_start(config.start)
+    place = find_place(config.device, config.dtype, distributed=False)
+    model, tokenizer, _ = load_model(Path(config.out_dir), config.which)
+    model.to(place.device, place.dtype)
+    vocabulary_size = len(tokenizer.characters) if tokenizer.type == "char" else tokenizer.bpe.n_vocab
+    prompt_ids = tokenizer.encode(text or ("\n" if tokenizer.type == "char" else "<|endoftext|>"))
+    if len(prompt_ids) > model.config.block_size:
+        print(f"note: the prompt has {len(prompt_ids)} tokens, the model reads the last {model.config.block_size} of them", file=sys.stderr)
+    for sample in range(config.num_samples):
+        key = np.random.SeedSequence([config.seed, SAMPLE_STREAM, sample]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(key >> 1))
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a BPE token may end within a character
+        print(text, end="", flush=True)
+        for token in generate(model, prompt_ids, config.max_new_tokens, config.temperature, config.top_k, generator, vocabulary_size):
+            print(decoder.decode(tokenizer.decode_bytes(token)), end="", flush=True)
+        print(decoder.decode(b"", final=True) + "\n" + "-" * 15, flush=True)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
+    try:
+        with one_line_errors():
+            main(command_line)
+    except BrokenPipeError:  # `| head` has read enough; a regular exit would flush and complain once more
+        os._exit(128 + signal.SIGPIPE)
