@@ -127,7 +127,7 @@ def build(config: TrainConfig, place: Place) -> Program:
     compiled = place.device.type == "cuda" if config.compile is None else config.compile
     if place.device.type == "cpu" and not compiled:  # the compiler has its own way to such products
         onednn.accelerate(model)
-    network = torch.nn.parallel.DistributedDataParallel(model) if place.world > 1 else model
+    network = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if place.world > 1 else model
 
     # The global batch has the same rows for any number of processes; this one takes its share, in micro-batches of at most batch_size rows.
     rows = config.batch_size * config.gradient_accumulation_steps
