@@ -25,6 +25,7 @@ import torch
 from configurator import InputError, TrainConfig, check_diffusion_heads
 from dataset import Tokenizer, put_in_place, sha256_of, write_file
 from model import GPT, GPTConfig, ViT, ViTConfig
+from parallel import assign, whole
 
 FORMAT = 1
 
@@ -42,7 +43,7 @@ def _write_tensors(directory: Path, kind: str, step: int, tensors: dict) -> dict
     """Writes one safetensors file completely; returns its entry in checkpoint.json."""
     temporary = directory / f".{kind}.{os.getpid()}.tmp"
     try:
-        safetensors.torch.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        safetensors.torch.save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         digest = sha256_of(temporary)
@@ -64,20 +65,24 @@ def remove(directory: Path):
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def save(directory: Path, model, optimizer, step: int, **entries):
+def save(directory: Path, model, optimizer, step: int, main: bool = True, **entries):
     """Writes a checkpoint of `model` (and of `optimizer` unless None) that replaces the one in `directory`, if any.
 
+    All processes of a run must call it, since sharded tensors are gathered here; the one with `main` writes.
     `entries` must be JSON values; train.py passes config, data, tokenizer, val_loss, best_val_loss and best_step. Raises InputError when the
     directory cannot be written; the checkpoint that was there stays.
     """
     directory = Path(directory)
+    tensors = {"model": {name: whole(tensor.detach()) for name, tensor in model.named_parameters()}}
+    if optimizer is not None:
+        tensors["optimizer"] = {name: whole(tensor) for name, tensor in optimizer_tensors(model, optimizer).items()}
+    if not main:
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for left_behind in directory.glob(".*.tmp"):  # by a process that was killed while it wrote
             left_behind.unlink()
-        files = {"model": _write_tensors(directory, "model", step, dict(model.named_parameters()))}
-        if optimizer is not None:
-            files["optimizer"] = _write_tensors(directory, "optimizer", step, optimizer_tensors(model, optimizer))
+        files = {kind: _write_tensors(directory, kind, step, some) for kind, some in tensors.items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"cannot write the checkpoint {directory}: {error}; the one before it, if any, is intact") from None
     meta = {
@@ -131,7 +136,6 @@ def _read_tensors(directory: Path, meta: dict, kind: str) -> dict[str, torch.Ten
         raise InputError(f"{path} cannot be read: {error}") from None
 
 
-@torch.no_grad()
 def copy_weights(model, tensors: dict, origin):
     """Copies tensors into the parameters of equal name, in place. Raises InputError for a missing, superfluous or misshapen one."""
     parameters = dict(model.named_parameters())
@@ -140,10 +144,9 @@ def copy_weights(model, tensors: dict, origin):
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise InputError(f"{origin}: {name} has shape {tuple(tensors[name].shape)}, the model needs {tuple(parameter.shape)}")
-        parameter.copy_(tensors[name])
+        assign(parameter, tensors[name])
 
 
-@torch.no_grad()
 def load_into(directory: Path, meta: dict, model, optimizer=None):
     """Copies a checkpoint's weights, and the optimizer's state unless None, into existing tensors. Raises InputError."""
     copy_weights(model, _read_tensors(directory, meta, "model"), directory)
@@ -153,7 +156,7 @@ def load_into(directory: Path, meta: dict, model, optimizer=None):
     if stored.keys() != state.keys():
         raise InputError(f"{directory}: the optimizer's state is of another model: {sorted(stored.keys() ^ state.keys())[0]}")
     for name, tensor in state.items():
-        tensor.copy_(stored[name])
+        assign(tensor, stored[name])
 
 
 def read_weights(directory: Path) -> tuple[dict[str, torch.Tensor], dict]:

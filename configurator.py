@@ -89,6 +89,7 @@ class TrainConfig:
     seed: int = 1337  # of the initial weights, the data order and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16 (autocast; weights stay float32)
+    parallel: str = "ddp"  # several GPUs: ddp (a whole model on each) or fsdp (parameters, gradients and optimizer sharded)
     compile: bool | None = None  # torch.compile; None: on CUDA
     cuda_graph: bool | None = None  # the whole step as one CUDA graph; None: on one GPU, up to 64 k tokens a step
 
@@ -134,6 +135,7 @@ class TrainConfig:
             re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
             f"--device={self.device} must be auto, cpu, cuda, cuda:N or mps",
         )
+        need(self.parallel in ("ddp", "fsdp"), f"--parallel={self.parallel} must be ddp or fsdp")
         need(self.out_dir != "", "--out_dir is empty: name a directory")
         return self
 

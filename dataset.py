@@ -273,8 +273,9 @@ class Tokens:
         if eval_tokens and wanted < len(starts):
             full = (len(tokens) - 1) // T
             starts = starts[np.linspace(0, full - 1, wanted).round().astype(np.int64)]
+        most = -(-len(starts) // world)  # every process yields as many batches, the last perhaps without a target: sharded models run in step
         starts = starts[rank::world]
-        for first in range(0, len(starts), batch_size):
+        for first in range(0, most, batch_size):
             batch = np.full(batch_size, len(tokens), dtype=np.int64)  # rows past the end have no target at all
             rows = starts[first : first + batch_size]
             batch[: len(rows)] = rows
@@ -362,10 +363,11 @@ class Pictures:
         wanted = max(1, eval_tokens // self.block_size)
         if eval_tokens and wanted < len(chosen):
             chosen = np.linspace(0, len(pictures) - 1, wanted).round().astype(np.int64)
+        most = -(-len(chosen) // world)  # every process yields as many batches, the last perhaps without a picture: sharded models run in step
         chosen = chosen[rank::world]
-        for first in range(0, len(chosen), batch_size):
+        for first in range(0, most, batch_size):
             part = chosen[first : first + batch_size]
-            index = torch.from_numpy(np.resize(part, batch_size)).to(self.device)
+            index = torch.from_numpy(np.resize(part, batch_size) if len(part) else np.zeros(batch_size, dtype=np.int64)).to(self.device)
             filled = torch.arange(batch_size, device=self.device) >= len(part)
             yield self.normalise(pictures[index]), labels[index].masked_fill(filled, -1), len(part)
 

@@ -173,7 +173,7 @@ class Block(nn.Module):
 class Network(nn.Module):
     """What GPT and ViT share: blocks, initialisation and counting.
 
-    The constructor draws nothing from torch's global generator: `init_weights(seed)` has its own, and the constructor calls it with seed 0.
+    The constructor draws nothing from torch's global generator: it calls `init_weights(seed)`, which has its own.
     """
 
     def __init__(self, config, embedding: dict[str, nn.Module], output: int):
@@ -230,12 +230,12 @@ class Network(nn.Module):
 class GPT(Network):
     """GPT-2: learned positions, pre-LayerNorm blocks, output layer tied to the token table. GPT(config)(idx, targets) -> (logits, loss)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, seed: int = 0):
         with torch.device("meta"):  # no time and no random numbers spent on weights that init_weights overwrites
             super().__init__(config, {"wte": nn.Embedding(config.vocab_size, config.n_embd)}, config.vocab_size)
         self.to_empty(device="cpu")
         self.lm_head.weight = self.transformer.wte.weight
-        self.init_weights(seed=0)
+        self.init_weights(seed)
 
     def forward(self, idx, targets=None, cache: KVCache | None = None):
         """idx, targets: (B, T) int64; a target of -1 is ignored. Returns logits and the mean cross-entropy in nats.
@@ -294,13 +294,13 @@ class ViT(Network):
     ViT(config)(pictures, labels) -> (logits, loss).
     """
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: ViTConfig, seed: int = 0):
         if config.image_size % config.patch_size:
             raise ValueError(f"image_size {config.image_size} is not divisible by patch_size {config.patch_size}")
         with torch.device("meta"):
             super().__init__(config, {"patch": nn.Linear(3 * config.patch_size**2, config.n_embd)}, config.n_classes)
         self.to_empty(device="cpu")
-        self.init_weights(seed=0)
+        self.init_weights(seed)
 
     def forward(self, pictures, labels=None):
         """pictures: (B, 3, S, S), normalised per channel; labels: (B,) int64, -1 is ignored. Returns (B, n_classes) logits and the loss in nats."""

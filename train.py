@@ -16,7 +16,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
     with one_line_errors():
         command_line = configure(TrainConfig)
 
-import contextlib
 import dataclasses
 import math
 import signal
@@ -37,6 +36,8 @@ import onednn
 from dataset import Pictures, Tokens, load, prepare_if_missing
 from metrics import Metrics
 from model import GPT, GPTConfig, ViT, ViTConfig
+from optimizer import learning_rate, make_optimizer, reset, set_learning_rate
+from parallel import distribute, gather, gradient_sync, whole
 from place import Place, find_place, say, warn_if_long
 
 DROPOUT_STREAM = 2  # SeedSequence keys (seed, stream, step, rank): dataset.py's data order is stream 1
@@ -80,33 +81,6 @@ class Program(NamedTuple):
     mode: str
 
 
-def make_optimizer(config: TrainConfig, model: GPT, graphed: bool) -> torch.optim.AdamW:
-    """AdamW, fused, with weight decay on matrices alone. Its state exists from the start, so that it is loaded and reset in place."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    # a CUDA graph reads the learning rate from a tensor: a number would stay what it was at capture
-    lr = torch.tensor(0.0, device=parameters[0].device) if graphed else 0.0
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), fused=True, capturable=graphed)
-    for p in parameters:
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up, half a cosine down to min_lr, constant after that."""
-    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
-    low = config.learning_rate / 10 if config.min_lr is None else config.min_lr
-    if not config.decay_lr:
-        return config.learning_rate
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
-    return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def make_model(config: TrainConfig, data: Tokens | Pictures) -> GPT | ViT:
     """A GPT for tokens, a ViT for pictures, on the CPU."""
     if isinstance(data, Pictures):
@@ -127,12 +101,9 @@ def build(config: TrainConfig, place: Place) -> Program:
     compiled = place.device.type == "cuda" if config.compile is None else config.compile
     if place.device.type == "cpu" and not compiled:  # the compiler has its own way to such products
         onednn.accelerate(model)
-    network = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if place.world > 1 else model
-
     # The global batch has the same rows for any number of processes; this one takes its share, in micro-batches of at most batch_size rows.
     rows = config.batch_size * config.gradient_accumulation_steps
-    if rows < place.world:
-        raise InputError(f"the global batch of {rows} sequences is too small for {place.world} processes: raise --gradient_accumulation_steps")
+    network = distribute(model, config.parallel, place, rows, compiled)
     mine = np.array_split(np.arange(rows), place.world)[place.rank]
     micro_batches = np.array_split(mine, math.ceil(len(mine) / config.batch_size))
     drawn = [torch.from_numpy(data.draw(0, 0, len(micro_batch))).to(data.home) for micro_batch in micro_batches]
@@ -157,7 +128,7 @@ def build(config: TrainConfig, place: Place) -> Program:
         hits = logits.topk(min(5, logits.size(-1))).indices == y[:, None]
         return torch.stack((loss, hits[:, 0].sum(), hits.sum()))
 
-    if compiled:
+    if compiled and not (place.world > 1 and config.parallel == "fsdp"):  # whose blocks are compiled one by one
         loss_of, scores_of = torch.compile(loss_of, dynamic=False), torch.compile(scores_of, dynamic=False)
 
     def update():
@@ -165,16 +136,15 @@ def build(config: TrainConfig, place: Place) -> Program:
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=place.device)
         for i, examples in enumerate(drawn):
-            last = i == len(drawn) - 1
-            with contextlib.nullcontext() if last or place.world == 1 else network.no_sync():
+            with gradient_sync(network, on=i == len(drawn) - 1):
                 loss = loss_of(*data.batch(examples)) * (len(examples) / rows)
-                scaler.scale(loss * place.world).backward()  # DDP divides the sum over processes by their number
+                scaler.scale(loss * place.world).backward()  # the sum over processes is divided by their number
             total += loss.detach()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        return total, norm
+        return total, whole(norm)
 
     run = update
     if compiled:  # on weights that the loop overwrites; compilation happens here, where it can still be given up
@@ -208,11 +178,7 @@ def build(config: TrainConfig, place: Place) -> Program:
             examples.copy_(torch.from_numpy(batch[micro_batch]))
         key = np.random.SeedSequence([seed, DROPOUT_STREAM, i, place.rank]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(key >> 1))  # the global generators serve dropout alone
-        for group in optimizer.param_groups:
-            if graphed:
-                group["lr"].fill_(learning_rate(config, i))
-            else:
-                group["lr"] = learning_rate(config, i)
+        set_learning_rate(optimizer, learning_rate(config, i))
         model.train()
         return run()
 
@@ -226,7 +192,8 @@ def build(config: TrainConfig, place: Place) -> Program:
         total = torch.zeros(len(names) + 1, dtype=torch.float64)
         for scores, count in zip(torch.stack([scores for scores, _ in parts]).cpu().double() if parts else [], [count for _, count in parts]):
             scores[0] *= count  # a mean, the others are counts
-            total += torch.cat((scores, torch.tensor([count])))
+            if count:
+                total += torch.cat((scores, torch.tensor([count])))
         if place.world > 1:
             total = total.to(place.device)
             dist.all_reduce(total)
@@ -259,13 +226,12 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
         checkpoint.load_into(last, meta, model, program.optimizer)
         program.scaler.load_state_dict(meta["scaler"])
         return meta["step"], meta
-    for state in program.optimizer.state.values():
-        for tensor in state.values():
-            tensor.zero_()
-    if program.weights is None:
-        model.init_weights(seed)
-    else:
-        checkpoint.copy_weights(model, program.weights, config.init_from)
+    reset(program.optimizer)
+    weights = program.weights
+    if weights is None:
+        fresh = type(model)(model.config, seed)  # on the CPU, so that a sharded model gets the same weights
+        weights = dict(fresh.named_parameters())
+    checkpoint.copy_weights(model, weights, config.init_from)
     return 0, {}
 
 
@@ -293,10 +259,10 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
             metrics.record(**values)
 
     def write(name: str):
-        if save and main and not config.eval_only:
+        if save and not config.eval_only:
             entries = {"config": dataclasses.asdict(config) | {"seed": seed}, "data": program.data.checksum, "tokenizer": program.data.tokenizer}
             entries |= {"generators": "batches and dropout are functions of (seed, step)", "scaler": program.scaler.state_dict(), **progress}
-            checkpoint.save(out_dir / name, model, program.optimizer if name == "last" else None, step, **entries)
+            checkpoint.save(out_dir / name, model, program.optimizer if name == "last" else None, step, main, **entries)
 
     caught = []  # signals; the loop looks at them between two steps
     handlers = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -311,9 +277,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
             at_log = step % config.log_interval == 0 or at_eval
             stop = caught[:1]
             if place.world > 1 and at_log:  # all processes leave at the same step
-                everyone = [None] * place.world
-                dist.all_gather_object(everyone, caught)
-                stop = sum(everyone, [])[:1]
+                stop = sum(gather(caught, place), [])[:1]
             elif place.world > 1:
                 stop = []
 
