@@ -83,11 +83,12 @@ def optional(module: str, what: str):
 # Bytes: files, decompression, tar
 
 
-def unpack(chunks, packing: str, name: str, free: int = FREE_BYTES):
-    """Decompresses the byte pieces `chunks` ("xz", "gz" or "zst", any number of streams one after the other) into pieces of at most 1 MiB.
+def unpack(chunks, packing: str, name: str, free: int | None = None):
+    """Decompresses the byte pieces `chunks` ("xz", "gz" or "zst", any number of streams one after the other) into small pieces.
 
-    Raises InputError for damaged or truncated data, and when more than free + MAX_RATIO times the input comes out.
+    Raises InputError for damaged or truncated data, and when more than free (FREE_BYTES) + MAX_RATIO times the input comes out.
     """
+    free = FREE_BYTES if free is None else free
     damaged = (lzma.LZMAError, zlib.error, EOFError)
     if packing == "zst":
         zstandard = optional("zstandard", name)
@@ -512,6 +513,7 @@ class GPT2Encoder:
     PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 
     vocab_size, tokenizer, end = 50257, {"type": "gpt2"}, END_OF_TEXT
+    END = "<|endoftext|>"
 
     def __init__(self):
         import numpy as np
@@ -520,22 +522,39 @@ class GPT2Encoder:
         from dataset import gpt2_bpe
 
         self.np, self.plain = np, gpt2_bpe()
-        ranks, special = self.plain._mergeable_ranks, {"<|endoftext|>": self.end}  # no special token at all would be slow: "" is looked for
+        ranks, special = self.plain._mergeable_ranks, {self.END: self.end}
         self.fast = tiktoken.Encoding("gpt2-fast", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+    def _is_simple(self, text: str) -> bool:
+        if text.isascii():  # the only token of several ASCII spaces is two line feeds: a run without them is the same ids in any pieces
+            return "\n\n" not in text or not (text.endswith("\n\n") or any(run in text for run in self.ASCII_RUNS))
+        return self.LONG_RUN.search(text) is None
 
     def encode(self, text: str):
         """Text -> 1-d array of token ids, those of encode_ordinary."""
-        if text.isascii():  # the only token of several ASCII spaces is two line feeds: a run without them is the same ids in any pieces
-            if "\n\n" not in text or not (text.endswith("\n\n") or any(run in text for run in self.ASCII_RUNS)):
-                return self._encode(text)
-        elif self.LONG_RUN.search(text) is None:
-            return self._encode(text)
+        if self._is_simple(text):
+            return self.fast.encode_to_numpy(text, disallowed_special=())
         runs_and_rest = self.CUT.split(text)  # text, run, text, run, ..., text
-        ids = [self.plain.encode_ordinary(part) if i % 2 else self._encode(part) for i, part in enumerate(runs_and_rest)]
-        return self.np.concatenate([self.np.asarray(part, dtype=self.np.uint32) for part in ids])
+        encode = (lambda part: self.fast.encode_to_numpy(part, disallowed_special=())), self.plain.encode_ordinary
+        return self.np.concatenate([self.np.asarray(encode[i % 2](part), dtype=self.np.uint32) for i, part in enumerate(runs_and_rest)])
 
-    def _encode(self, text: str):
-        return self.fast.encode_to_numpy(text, disallowed_special=())
+    def encode_documents(self, texts: list[str]):
+        """Texts -> 1-d array of the ids of all of them, the end mark after each. One call for many is faster than one for each."""
+        parts, simple = [], []
+
+        def take():
+            if simple:
+                parts.append(self.fast.encode_to_numpy(self.END.join(simple) + self.END, allowed_special={self.END}, disallowed_special=()))
+                simple.clear()
+
+        for text in texts:
+            if self.END not in text and self._is_simple(text):
+                simple.append(text)
+            else:  # the mark as ordinary text, for one
+                take()
+                parts += (self.encode(text), [self.end])
+        take()
+        return self.np.concatenate(parts)
 
 
 class Skipped(dict):
@@ -555,23 +574,32 @@ def tokenise(block, encoder, lock=None) -> tuple[bytes, bytes, int, dict]:
     """A block -> (ids as little-endian uint16, length of each document with its end mark as uint32, bytes of text, Skipped)."""
     import numpy as np
 
-    parts, lengths, size, skipped = [], [], 0, Skipped()
-    end = np.array([encoder.end], dtype="<u2").tobytes()
+    parts, texts, held, size, skipped = [], [], 0, 0, Skipped()
+
+    def take():
+        if texts:
+            parts.append(encoder.encode_documents(texts).astype("<u2"))
+            texts.clear()
+
     for name, content, is_json in raw_documents(block):
         try:
             text = text_of(content, is_json)
         except NotText as reason:
             skipped.add(str(reason), [shown(name)], 1)
             continue
-        size += len(text) if text.isascii() else len(text.encode())
-        if lock is not None and len(content) > LARGE:
-            with lock:
-                ids = encoder.encode(text)
-        else:
-            ids = encoder.encode(text)
-        parts += (ids.astype("<u2").tobytes(), end)
-        lengths.append(len(ids) + 1)
-    return b"".join(parts), np.array(lengths, dtype="<u4").tobytes(), size, skipped
+        length = len(text) if text.isascii() else len(text.encode())
+        size, held = size + length, held + length
+        if length > LARGE or held > 4 * LARGE:
+            take()
+            held = length
+        texts.append(text)
+        if length > LARGE:
+            with lock or contextlib.nullcontext():
+                take()
+    take()
+    ids = np.concatenate([np.zeros(0, dtype="<u2"), *parts])
+    ends = np.flatnonzero(ids == encoder.end)
+    return ids.tobytes(), np.diff(ends, prepend=-1).astype("<u4").tobytes(), size, skipped
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -605,7 +633,10 @@ def cores() -> int:
 
 
 def tokenised(blocks, num_proc: int, make_encoder):
-    """Yields (cursor, result of tokenise) for (cursor, block) pairs, in order, from `num_proc` processes. Raises InputError."""
+    """Yields (cursor, result of tokenise) for (cursor, block) pairs, in order, from `num_proc` processes.
+
+    Raises InputError, and BrokenProcessPool when a process ends unexpectedly.
+    """
     if num_proc == 1:
         encoder = make_encoder()
         for cursor, block in blocks:
@@ -626,8 +657,6 @@ def tokenised(blocks, num_proc: int, make_encoder):
         while waiting:
             at, future, _ = waiting.popleft()
             yield at, future.result()
-    except concurrent.futures.process.BrokenProcessPool:
-        raise InputError("a worker process ended unexpectedly (out of memory?): run the same command again, perhaps with a smaller --num_proc") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -854,26 +883,28 @@ def write_corpus(source, directory: Path, num_proc: int = 0, make_encoder=GPT2En
     num_proc: worker processes, 0 for one a core; the files do not depend on it. make_encoder: the encoder's class, called in every process.
     Says on stdout what was written and what was left out, and returns meta. Raises InputError; the files are then as they were before.
     """
-    num_proc = num_proc or cores()
+    num_proc, keep = num_proc or cores(), False
     folder, existed = directory / ".prepare.tmp", directory.exists()
-    locked_out = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                locked_out = True
+                keep = True
                 raise InputError(f"another process is preparing {directory}: wait for it") from None
-            meta = _write_corpus(source, directory, folder, num_proc, make_encoder)
-        shutil.rmtree(folder, ignore_errors=True)
-        return meta
+            return _write_corpus(source, directory, folder, num_proc, make_encoder)
+    except concurrent.futures.process.BrokenProcessPool:
+        keep = True
+        raise InputError("a worker process ended unexpectedly (out of memory?): run the same command again, perhaps with a smaller --num_proc") from None
     except OSError as error:
+        keep = True
         raise InputError(f"cannot write in {directory}: {error.strerror or error}; what is finished is kept for the next run") from None
     except KeyboardInterrupt:
+        keep = True
         raise InputError("interrupted: what is finished is kept, the same command goes on from there") from None
-    finally:
-        if not locked_out and not (folder / "0.json").exists():  # nothing that is worth keeping
+    finally:  # what is finished is of no use after a success, nor when the source is at fault
+        if not keep or not (folder / "lock").exists():
             shutil.rmtree(folder, ignore_errors=True)
             if not existed:
                 with contextlib.suppress(OSError):

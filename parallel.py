@@ -46,6 +46,12 @@ def gradient_sync(network, on: bool):
         yield
 
 
+def reshard(network):
+    """After a forward pass without a backward one, a sharded root still holds its whole parameters in place of its shards."""
+    if hasattr(network, "reshard"):
+        network.reshard()
+
+
 def whole(tensor):
     """A sharded tensor gathered on every process (all must call it); any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -87,7 +87,7 @@ def choose(logits, temperature: float, top_k: int, generator: torch.Generator) -
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompt_ids: list[int], max_new_tokens: int, temperature: float, top_k: int, generator: torch.Generator, vocabulary_size: int):
+def generate(model: GPT, prompt_ids, max_new_tokens: int, temperature: float, top_k: int, generator: torch.Generator, vocabulary_size: int):
     """Yields max_new_tokens token ids after prompt_ids (one at least; the last block_size of them are read), with a cache (see the top of the file).
 
     The ids are below vocabulary_size: rows of the table beyond the tokenizer's are padding and never drawn. Drawing is on the CPU in float64,
@@ -125,6 +125,8 @@ def main(config: SampleConfig):
     text = read_start(config.start)
     place = find_place(config.device, config.dtype, distributed=False)
     model, tokenizer, _ = load_model(Path(config.out_dir), config.which)
+    if tokenizer is None:
+        raise InputError(f"--out_dir={config.out_dir} holds a model of pictures: text needs one that was trained on text")
     model.to(place.device, place.dtype)
     vocabulary_size = len(tokenizer.characters) if tokenizer.type == "char" else tokenizer.bpe.n_vocab
     prompt_ids = tokenizer.encode(text or ("\n" if tokenizer.type == "char" else "<|endoftext|>"))

@@ -37,7 +37,7 @@ from dataset import Pictures, Tokens, load, prepare_if_missing
 from metrics import Metrics
 from model import GPT, GPTConfig, ViT, ViTConfig
 from optimizer import learning_rate, make_optimizer, reset, set_learning_rate
-from parallel import distribute, gather, gradient_sync, whole
+from parallel import distribute, gather, gradient_sync, reshard, whole
 from place import Place, find_place, say, warn_if_long
 
 DROPOUT_STREAM = 2  # SeedSequence keys (seed, stream, step, rank): dataset.py's data order is stream 1
@@ -188,6 +188,7 @@ def build(config: TrainConfig, place: Place) -> Program:
         model.eval()
         batches = data.validation(max(config.batch_size, EVAL_TOKENS // data.block_size), config.eval_tokens, place.rank, place.world)
         parts = [(scores_of(x, y), count) for x, y, count in batches]
+        reshard(network)
         names = ("val_loss",) if isinstance(model, GPT) else ("val_loss", "top1", "top5")
         total = torch.zeros(len(names) + 1, dtype=torch.float64)
         for scores, count in zip(torch.stack([scores for scores, _ in parts]).cpu().double() if parts else [], [count for _, count in parts]):

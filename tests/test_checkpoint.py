@@ -313,6 +313,15 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     assert str(tmp_path / "file" / "last") in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_the_next_save_removes_the_temporary_file_of_a_killed_one(tmp_path):
+    model, optimizer = state_of(1)
+    assert dies_at(3, lambda: save(tmp_path, model, optimizer, 1))
+    assert len(list(tmp_path.glob(".*.tmp"))) == 1
+    saved(tmp_path, 2)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors", ".safetensors"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Damage
 
@@ -346,6 +355,47 @@ def test_a_damaged_checkpoint_json_is_refused_by_name(tmp_path, bad):
     with pytest.raises(InputError) as error:
         loaded(tmp_path)
     assert str(tmp_path / "checkpoint.json") in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["files", "model", "step", "tokenizer", "kind", "format", "sha256"])
+def test_a_checkpoint_json_without_a_key_is_refused(tmp_path, key):
+    saved(tmp_path, 1)
+    meta = json.loads((tmp_path / "checkpoint.json").read_text())
+    del meta[key]
+    (tmp_path / "checkpoint.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path)
+    assert str(tmp_path / "checkpoint.json") in str(error.value)
+
+
+def test_a_flipped_bit_in_checkpoint_json_is_refused(tmp_path):
+    saved(tmp_path, 1)
+    path = tmp_path / "checkpoint.json"
+    whole, before = path.read_bytes(), read_meta(tmp_path)
+    believed = []
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            loaded(tmp_path)
+            if read_meta(tmp_path) != before:
+                believed.append(place)
+        except InputError as error:
+            assert str(path) in str(error)
+    assert believed == []
+
+
+def test_another_format_is_refused_by_its_number(tmp_path):
+    saved(tmp_path, 1)
+    rewrite(tmp_path, read_meta(tmp_path) | {"format": 2})
+    with pytest.raises(InputError, match="has format 2, this version reads 1"):
+        loaded(tmp_path)
+
+
+def test_checkpoint_json_is_read_as_utf8(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    plain = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding=None, errors=None: plain(self, encoding or "latin-1", errors))  # a Latin-1 locale
+    assert read_meta(tmp_path)["tokenizer"] == TOKENIZER
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -443,6 +493,15 @@ def test_init_from_nanogpt_cannot_lengthen_the_context(tmp_path, tokens_dir):
         train.build(config.check(), find_place("cpu", "float32"))
 
 
+@pytest.mark.parametrize("changes", [{"model_args": {"n_layer": 2}}, {"model_args": None}, {"model": {}}, {"model": [1]}], ids=str)
+def test_an_incomplete_nanogpt_checkpoint_is_refused(tmp_path, tokens_dir, changes):
+    nanogpt_checkpoint(tmp_path / "ckpt.pt", GPT(TINY), **changes)
+    config = TrainConfig(dataset=str(tokens_dir), init_from=str(tmp_path / "ckpt.pt"), block_size=8, device="cpu")
+    with pytest.raises(InputError) as error:
+        train.build(config.check(), find_place("cpu", "float32"))
+    assert f"--init_from={tmp_path / 'ckpt.pt'}" in str(error.value)
+
+
 @pytest.mark.parametrize("place", ["model", "config", "optimizer"])
 def test_a_malicious_nanogpt_checkpoint_is_refused_without_running(tmp_path, place):
     path, mark = tmp_path / "ckpt.pt", tmp_path / "mark"
@@ -463,58 +522,3 @@ def test_a_file_that_is_no_nanogpt_checkpoint_is_named(tmp_path, bad):
     assert f"--init_from={tmp_path / 'ckpt.pt'}" in str(error.value)
     with pytest.raises(InputError, match="does not exist"):
         read_nanogpt(tmp_path / "none.pt")
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Known faults
-
-
-@pytest.mark.parametrize("key", ["files", "model", "step", "tokenizer"])
-def test_a_checkpoint_json_without_a_key_is_refused(tmp_path, key):
-    saved(tmp_path, 1)
-    meta = json.loads((tmp_path / "checkpoint.json").read_text())
-    del meta[key]
-    (tmp_path / "checkpoint.json").write_text(json.dumps(meta))
-    with pytest.raises(InputError):
-        load_model(tmp_path)[2]["step"]
-
-
-def test_a_flipped_bit_in_checkpoint_json_is_refused(tmp_path):
-    saved(tmp_path, 1)
-    path = tmp_path / "checkpoint.json"
-    whole, before = path.read_bytes(), read_meta(tmp_path)
-    believed = []
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        try:
-            loaded(tmp_path)
-            if read_meta(tmp_path) != before:
-                believed.append(place)
-        except InputError:
-            pass
-        except (KeyError, TypeError, AttributeError):
-            believed.append(place)
-    assert believed == []
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-def test_the_next_save_removes_the_temporary_file_of_a_killed_one(tmp_path):
-    model, optimizer = state_of(1)
-    assert dies_at(3, lambda: save(tmp_path, model, optimizer, 1))
-    saved(tmp_path, 2)
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors", ".safetensors"]
-
-
-@pytest.mark.parametrize("changes", [{"model_args": {"n_layer": 2}}, {"model_args": None}, {"model": {}}, {"model": [1]}], ids=str)
-def test_an_incomplete_nanogpt_checkpoint_is_refused(tmp_path, tokens_dir, changes):
-    nanogpt_checkpoint(tmp_path / "ckpt.pt", GPT(TINY), **changes)
-    config = TrainConfig(dataset=str(tokens_dir), init_from=str(tmp_path / "ckpt.pt"), block_size=8, device="cpu")
-    with pytest.raises(InputError):
-        train.build(config.check(), find_place("cpu", "float32"))
-
-
-def test_checkpoint_json_is_read_as_utf8(tmp_path, monkeypatch):
-    saved(tmp_path, 1)
-    plain = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda self, encoding=None, errors=None: plain(self, encoding or "latin-1", errors))  # a Latin-1 locale
-    assert read_meta(tmp_path)["tokenizer"] == TOKENIZER

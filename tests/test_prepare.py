@@ -406,7 +406,7 @@ _Music_
 
 **SERVANT**  
 _\\[Within]_  
-""".replace("**BEN**", "BEN")
+""".replace("**BEN**", "BEN")  # noqa: W291 (two spaces are Markdown's line break)
 CONVERTED = """\
 ANNA:
 Who's there?--Nay, 'stand'
@@ -508,6 +508,7 @@ def test_auto_without_any_network(tmp_path, wheel, capsys, monkeypatch):
 @pytest.mark.skipif(not TINY.is_file(), reason="no copy of tinyshakespeare in shared/data beside the repository")
 def test_tinyshakespeare_from_another_directory(tmp_path):
     out = tmp_path / "out"
+    first = {}
     for options in ([f"--source={TINY}"], []):  # the second run finds input.txt
         command = [sys.executable, str(SCRIPT), *options, f"--out_dir={out}"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)

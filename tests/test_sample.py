@@ -19,7 +19,7 @@ import checkpoint
 import sample
 import train
 from configurator import InputError, TrainConfig, configure
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, ViT, ViTConfig
 from sample import SampleConfig, choose, generate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +124,10 @@ def test_the_global_generator_is_left_alone():
 
 def test_top_k_1_is_greedy_and_a_large_top_k_is_all():
     model = random_model()
-    seeded = lambda **changes: greedy(model, [1], 60, generator=torch.Generator().manual_seed(4), **changes)  # noqa: E731
+
+    def seeded(**changes):
+        return greedy(model, [1], 60, generator=torch.Generator().manual_seed(4), **changes)
+
     assert seeded(temperature=1.5, top_k=1) == seeded(temperature=0.0) != seeded(temperature=1.5, top_k=2)
     ties = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
     assert choose(ties, 1.0, 1, torch.Generator()) == choose(ties, 0.0, 0, torch.Generator()), "of equal logits both take the same"
@@ -136,7 +139,10 @@ def test_padding_rows_are_never_drawn(temperature):
     model = random_model(vocab_size=16)
     with torch.no_grad():  # logits far above the others', of either sign
         model.lm_head.weight[12:16] = 50 * torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
-    drawn = lambda size: greedy(model, [1], 300, temperature=temperature, generator=torch.Generator().manual_seed(1), vocabulary_size=size)  # noqa: E731
+
+    def drawn(size):
+        return greedy(model, [1], 300, temperature=temperature, generator=torch.Generator().manual_seed(1), vocabulary_size=size)
+
     assert max(drawn(10)) < 10
     assert max(drawn(16)) >= 12, "without the mask they are drawn"
 
@@ -257,6 +263,13 @@ def test_the_data_folder_may_be_gone(tokens_dir, tmp_path, capsys):
     capsys.readouterr()
     text = text_of(capsys, out_dir=str(tmp_path / "run"), start="The ", num_samples=1, max_new_tokens=40, temperature=100.0)
     assert len(text) == 4 + 40 + 1 + len(DASHES), "of 64 rows only those of the characters are drawn, and each prints as one"
+
+
+def test_a_model_of_pictures_is_refused(tmp_path):
+    model = ViT(ViTConfig(image_size=4, patch_size=2, n_layer=1, n_head=1, n_embd=8, n_classes=3))
+    checkpoint.save(tmp_path / "best", model, None, 1)
+    with pytest.raises(InputError, match=f"--out_dir={tmp_path} holds a model of pictures"):
+        sample.main(SampleConfig(out_dir=str(tmp_path)))
 
 
 class Bytes:
