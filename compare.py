@@ -22,7 +22,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import InputError, TrainConfig, build as build_config, check_keys, configure, field_names, one_line_errors, split_arguments
+from configurator import InputError, TrainConfig, check_keys, configure, field_names, one_line_errors, split_arguments
+from configurator import build as build_config
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,24 @@ def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
     words, options = split_arguments(arguments)
     ours = field_names(CompareConfig)
     check_keys([key for key, _ in options], ours + field_names(TrainConfig))
-    for key, instead in (("seed", "--seeds and --first_seed"), ("init_from", "an arm with its own init_from=PATH in its config file")):
-        if key in dict(options):
-            raise InputError(f"--{key} is not an option of a comparison: use {instead}")
+    if "init_from" in dict(options):
+        raise InputError("--init_from is not an option of a comparison: use an arm with init_from=PATH in its config file")
     comparison = build_config(CompareConfig, [], [(key, value) for key, value in options if key in ours])
     shared = [(key, value) for key, value in options if key not in ours]
     arms = {}
     for word in words:
-        files, own = split_arguments(shlex.split(word))
+        try:  # a path with a space is a file, not an arm with options
+            files, own = ([word], []) if Path(word).is_file() else split_arguments(shlex.split(word))
+        except ValueError as error:
+            raise InputError(f"arm {word!r} cannot be split into words: {error}") from None
         if not files or not all(file.endswith(".py") for file in files):
             raise InputError(f"arm {word!r} does not begin with a config file: CONFIG.py or 'CONFIG.py --key=value'")
+        for key in ("seed", "out_dir", "overwrite"):
+            if key in dict(own + shared):
+                raise InputError(f"--{key} is not for an arm: the comparison has --seeds, --first_seed and an --out_dir of its own")
         name = re.sub(r"[^\w.=,+-]+", "_", " ".join([Path(file).stem for file in files] + [f"{key}={value}" for key, value in own]))
         if name in arms:
-            raise InputError(f"arm {name!r} is given twice")
+            raise InputError(f"arm {name!r} is given twice: arms are named by their files and options")
         arms[name] = build_config(TrainConfig, files, shared + own)
         if arms[name].init_from == "resume" or arms[name].eval_only:
             raise InputError(f"arm {name!r}: a comparison trains every cell from its start; take out init_from='resume' and eval_only")
@@ -113,8 +119,8 @@ ENDPOINTS = {
     "top1": ("last top-1 accuracy", "top1", "", 1),
     "top5": ("last top-5 accuracy", "top5", "", 1),
 }
-# keys that cannot change a run's losses, so a cell may be used again when they differ
-HARMLESS = {"out_dir", "overwrite", "seed", "log_interval", "always_save_checkpoint", "device", "eval_only"}
+# keys that cannot change a run's losses, so a cell may be used again when they differ; data and device are told by checksum and name
+HARMLESS = {"out_dir", "overwrite", "seed", "dataset", "log_interval", "always_save_checkpoint", "device", "eval_only"}
 HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
 
 
@@ -124,7 +130,8 @@ HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
 
 def code_sha256() -> str:
     """One checksum of the files that decide a run's numbers."""
-    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in ("model.py", "dataset.py", "train.py"))).hexdigest()
+    names = ("model.py", "dataset.py", "train.py", "optimizer.py", "parallel.py", "onednn.py", "place.py")
+    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest()
 
 
 def fingerprint(config: TrainConfig, data: dict, device: str) -> dict:
@@ -137,8 +144,10 @@ def fingerprint(config: TrainConfig, data: dict, device: str) -> dict:
 def read_cell(path: Path, expected: dict) -> dict | None:
     """A finished cell's result, None when there is none yet. Raises InputError for a cell that is damaged or made differently."""
     try:
-        cell = json.loads(path.read_text())
-        made, result = cell["fingerprint"], cell["result"]
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        made, result = dict(cell["fingerprint"]), dict(cell["result"])
+        if "diverged_at" not in result and not {"best_val_loss", "val_loss", "best_step", "seconds", "ms", "tokens_per_s", "curve"} <= result.keys():
+            raise KeyError("result")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -156,25 +165,31 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cells = [(name, seed) for name in arms for seed in seeds]
     path = {cell: out_dir / "cells" / cell[0] / f"seed-{cell[1]}" / "result.json" for cell in cells}
-    place = find_place(next(iter(arms.values())).device, "auto", distributed=False)
+    place = {name: find_place(config.device, config.dtype, distributed=False) for name, config in arms.items()}
     for dataset in {config.dataset for config in arms.values()}:
         prepare_if_missing(dataset)
     data = {name: data_checksum(config.dataset) for name, config in arms.items()}
     for name in arms:
         if data[name] != data[cells[0][0]]:
             raise InputError(f"arm {name!r} reads other data than {cells[0][0]!r}: their losses cannot be compared")
-    expected = {name: fingerprint(config, data[name], place.name().partition(",")[0]) for name, config in arms.items()}
+        if comparison.endpoint in ("top1", "top5") and read_meta(arms[name].dataset)[1]["kind"] != "pictures":
+            raise InputError(f"--endpoint={comparison.endpoint} is for pictures: use best or last for --dataset={arms[name].dataset}")
+    expected = {name: fingerprint(config, data[name], place[name].name().partition(",")[0]) for name, config in arms.items()}
     missing = [cell for cell in cells if read_cell(path[cell], expected[cell[0]]) is None]  # all are checked before any is run
+    for cell in cells:
+        if comparison.save_checkpoints and cell not in missing and not (path[cell].parent / "last").is_dir():
+            raise InputError(f"cell {path[cell].parent} was made without --save_checkpoints=True: choose another --out_dir or remove it")
     if rank == 0:
         done = len(cells) - len(missing)
-        say(f"{len(arms)} arms x {len(seeds)} seeds = {len(cells)} runs, {done} of them finished before; {place.name()} -> {out_dir}")
-    mine, finished, began = missing[rank::world], 0, time.perf_counter()
+        say(f"{len(arms)} arms x {len(seeds)} seeds = {len(cells)} runs, {done} of them finished before; {place[cells[0][0]].name()} -> {out_dir}")
+    # cut from all cells: processes that start later see fewer missing ones
+    mine, finished, began = [cell for cell in cells[rank::world] if cell in missing], 0, time.perf_counter()
     for name, config in arms.items():
         own = [cell for cell in mine if cell[0] == name]
         if not own:
             continue
         began_arm = time.perf_counter()
-        program = build(dataclasses.replace(config, overwrite=True), find_place(config.device, config.dtype, distributed=False))
+        program = build(dataclasses.replace(config, overwrite=True), place[name])
         setup = time.perf_counter() - began_arm
         for cell in own:
             try:
@@ -242,7 +257,7 @@ def verdict(arm: str, baseline: str, endpoint: str, pair: dict) -> str:
     if n < 2:
         return f"{arm} against {baseline}: {n} pair(s) of seeds give no interval, so nothing can be said about the {what}."
     if pair["interval"] is None:
-        return f"{arm} against {baseline}: the {what} differs by exactly {pair['mean']:.4f} in each of the {n} pairs."
+        return f"{arm} against {baseline}: the {what} differs by exactly {pair['mean']:g} in each of the {n} pairs."
     low, high = pair["interval"]
     numbers = f"by {abs(pair['mean']):.4f}{unit} (95 % interval of the difference {low:+.4f} to {high:+.4f}, {n} paired seeds)"
     if low > 0 or high < 0:
@@ -261,9 +276,7 @@ def analyse(comparison: CompareConfig, results: dict[str, list[dict]]) -> tuple[
     """Results per arm -> (`arms`: a summary each, `pairs`: each arm against the first)."""
     arms, pairs, names = {}, {}, list(results)
     first = next((cell for cells in results.values() for cell in cells if "diverged_at" not in cell), {})
-    if comparison.endpoint in ("top1", "top5") and first and comparison.endpoint not in first:
-        raise InputError(f"--endpoint={comparison.endpoint} is for pictures: these runs have validation losses alone, so use best or last")
-    measured = [endpoint for endpoint, (_, key, _, _) in ENDPOINTS.items() if key in first] or ["best", "last"]
+    measured = [endpoint for endpoint, (_, key, _, _) in ENDPOINTS.items() if key in first] or list(ENDPOINTS)
     for name, cells in results.items():
         good = [cell for cell in cells if "diverged_at" not in cell]
         arms[name] = {
@@ -370,7 +383,8 @@ def draw_curves(path: Path, results: dict[str, list[dict]]):
         axes.set_ylim(min(early) - margin, max(early) + margin)
     axes.set(xlabel="step", ylabel="validation loss (nats per prediction)")
     axes.grid(alpha=0.3)
-    axes.legend(title="mean ± 1 sd over seeds")
+    if early:
+        axes.legend(title="mean ± 1 sd over seeds")
     save_figure(path, figure)
 
 
@@ -380,7 +394,7 @@ def draw_paired(path: Path, comparison: CompareConfig, arms: dict, pairs: dict):
     for i, pair in enumerate(pairs.values()):
         entry = pair[comparison.endpoint]
         points = entry["differences"]
-        x = i + np.linspace(-0.18, 0.18, len(points)) if len(points) > 1 else [i]
+        x = i + (np.linspace(-0.18, 0.18, len(points)) if len(points) > 1 else np.zeros(len(points)))
         axes.scatter(x, points, s=28, alpha=0.75, zorder=3, label="one seed" if i == 0 else None)
         if entry["interval"]:
             low, high = entry["interval"]
@@ -393,7 +407,8 @@ def draw_paired(path: Path, comparison: CompareConfig, arms: dict, pairs: dict):
     what, _, _, sign = ENDPOINTS[comparison.endpoint]
     axes.set_ylabel(f"{what},\narm − {next(iter(arms))} ({'above' if sign > 0 else 'below'} 0: the arm is better)")
     axes.grid(alpha=0.3, axis="y")
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     save_figure(path, figure)
 
 

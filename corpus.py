@@ -119,7 +119,8 @@ def unpack(chunks, packing: str, name: str, free: int | None = None):
     try:
         for chunk in chunks:
             given += len(chunk)
-            pieces = collections.deque(chunk[i : i + 2 * KIB] for i in range(0, len(chunk), 2 * KIB)) if packing == "zst" else collections.deque([chunk])
+            step = 2 * KIB if packing == "zst" else len(chunk)
+            pieces = collections.deque(chunk[i : i + step] for i in range(0, len(chunk), step))
             while pieces:
                 data = pieces.popleft()
                 if stream is None:
@@ -749,9 +750,9 @@ def in_order(shards: Shards, documents: int, bar):
         starts = np.cumsum(lengths, dtype=np.int64) - lengths
         return np.concatenate([ids[starts[i] : starts[i] + lengths[i]] for i in by]), lengths[by]
 
-    numbered = [(number, record) for number, record in enumerate(shards.records) if record["documents"]]
+    numbers = [number for number, record in enumerate(shards.records) if record["documents"]]
     first = 0
-    for number, record in numbered:
+    for number in numbers:
         ids = np.fromfile(shards.folder / f"{number}.bin", dtype="<u2")
         lengths = np.fromfile(shards.folder / f"{number}.len", dtype="<u4")
         places = place[first : first + len(lengths)]
@@ -765,11 +766,11 @@ def in_order(shards: Shards, documents: int, bar):
 
     tokens = shards.total("tokens")
     ranges = max(1, math.ceil(2 * tokens / RANGE))
-    at = {number: (0, 0) for number, _ in numbered}  # documents and ids of each shard that are done
+    at = {number: (0, 0) for number in numbers}  # documents and ids of each shard that are done
     for k in range(ranges):
         low, high = documents * k // ranges, documents * (k + 1) // ranges
         ids, table = [], []
-        for number, _ in numbered:
+        for number in numbers:
             row, begin = at[number]
             rows = np.memmap(shards.folder / f"{number}.places", dtype="<u4", mode="r").reshape(-1, 2)
             stop = row + int(np.searchsorted(rows[row:, 0], high))
@@ -872,8 +873,10 @@ def decoded(name: str, content: bytes) -> str:
         text = content.decode("utf-8")  # bytes, decoded: reading in text mode would translate newlines
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 text (byte {error.start}): convert it first") from None
-    if "\0" in text or len(text) < 2:
-        raise InputError(f"{name} is not text (a zero at character {text.index(chr(0))})" if "\0" in text else f"{name} has {len(text)} characters: too short")
+    if "\0" in text:
+        raise InputError(f"{name} is not text (a zero at character {text.index(chr(0))})")
+    if len(text) < 2:
+        raise InputError(f"{name} has {len(text)} characters: too short")
     return text
 
 
@@ -896,7 +899,7 @@ def write_corpus(source, directory: Path, num_proc: int = 0, make_encoder=GPT2En
             return _write_corpus(source, directory, folder, num_proc, make_encoder)
     except concurrent.futures.process.BrokenProcessPool:
         keep = True
-        raise InputError("a worker process ended unexpectedly (out of memory?): run the same command again, perhaps with a smaller --num_proc") from None
+        raise InputError("a worker process died (out of memory?): run the same command again, perhaps with a smaller --num_proc") from None
     except OSError as error:
         keep = True
         raise InputError(f"cannot write in {directory}: {error.strerror or error}; what is finished is kept for the next run") from None
@@ -944,6 +947,7 @@ def _write_corpus(source, directory: Path, folder: Path, num_proc: int, make_enc
                     bar.set_postfix_str(f"{all_tokens / (now - began):,.0f} tokens/s", refresh=False)
                     bar.update(source.read - bar.n)
                     shown_at = now
+            bar.update(source.size - bar.n)
         finally:
             results.close()  # ends the workers
         if ids:

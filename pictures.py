@@ -10,6 +10,7 @@ On disk it is a directory with
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -24,6 +25,8 @@ from dataset import write_file
 
 SPLITS = ("train", "val")
 FILES = (*(f"{split}.bin" for split in SPLITS), *(f"{split}_labels.bin" for split in SPLITS), "meta.json")
+MAX_FILE = 256 << 20  # bytes of a picture file
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not all that PIL knows: EPS would start a program
 CHUNK = 4096  # pictures: what is worked on at a time
 
 
@@ -196,3 +199,51 @@ def summary(meta: dict) -> str:
             f"{duplicates['train_repeated']:,} train pictures repeat an earlier one; all are kept",
         )
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Reading picture files
+
+
+def shown(name) -> str:
+    """A name from outside for a message of one line."""
+    name = str(name)
+    return name if name.isprintable() else ascii(name)
+
+
+def short(error: BaseException) -> str:
+    """The kind of an exception and the first words of its message."""
+    words = " ".join(str(error).split())[:100]
+    return type(error).__name__ + f": {shown(words)}" * bool(words)
+
+
+def reduce_picture(path: Path, side: int = 16):
+    """A picture file -> ((3, side, side) uint8, or why it cannot be decoded, as text; sha256 of the file), reduced by PIL's BOX filter."""
+    from PIL import Image, UnidentifiedImageError
+
+    digest = ""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE + 1)
+        if len(content) > MAX_FILE:
+            return f"more than {MAX_FILE:,} bytes", digest
+        digest = hashlib.sha256(content).hexdigest()
+        with Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                return f"{image.width} x {image.height} pixels, more than PIL's limit", digest
+            image.load()
+            if image.mode.startswith("I;16"):
+                grey = np.asarray(image).astype(np.uint32)
+                image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                return f"PIL mode {image.mode}, whose range is not known", digest
+            if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+                layer = image.convert("RGBA")
+                image = Image.new("RGB", layer.size)
+                image.paste(layer, mask=layer.getchannel("A"))
+            small = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BOX))
+            return np.ascontiguousarray(small.transpose(2, 0, 1)), digest
+    except UnidentifiedImageError:
+        return "of no known format", digest
+    except Exception as error:  # a damaged file makes PIL's decoders raise almost anything
+        return short(error), digest

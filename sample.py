@@ -1,8 +1,9 @@
-"""Text from a checkpoint, which is all it needs: the tokenizer is in it, so the data folder may be gone.
+"""Text from a checkpoint, which is all it needs: the tokenizer is in it, so the data folder may be gone. Classes, if it is one of pictures.
 
     python sample.py --out_dir=out-quick
     python sample.py --out_dir=out-quick --start="The head" --num_samples=3 --temperature=0.5
     python sample.py --out_dir=out-gpt2 --start=FILE:prompt.txt --max_new_tokens=200
+    python sample.py --out_dir=out-quick-vision --pictures=FILE,FOLDER
 
 The text appears while it is made. Each sample has a generator of its own, from the seed and its number: sample k is the same however many follow.
 
@@ -26,7 +27,8 @@ class SampleConfig:
     out_dir: str = "out"  # directory of a run, or a checkpoint in it
     which: str = "best"  # the run's checkpoint: best or last
     start: str = ""  # the prompt, or FILE:PATH to read it; empty: a newline (character models) or <|endoftext|> (gpt2)
-    num_samples: int = 10  # texts, each after the same prompt
+    pictures: str = ""  # for a model of pictures: files and folders, comma-separated; empty: the first validation pictures
+    num_samples: int = 10  # texts, each after the same prompt; or pictures
     max_new_tokens: int = 500  # tokens per text, besides the prompt
     temperature: float = 0.8  # divides the logits: below 1 bolder, above 1 more random; 0: always the most probable token
     top_k: int = 200  # draw from the k most probable tokens only; 0: from all
@@ -61,6 +63,7 @@ import sys
 import numpy as np
 import torch
 
+import onednn
 from checkpoint import load_model
 from model import GPT, KVCache
 from place import find_place
@@ -124,10 +127,18 @@ def main(config: SampleConfig):
     """Prints num_samples texts, each followed by a line of dashes. Raises InputError."""
     text = read_start(config.start)
     place = find_place(config.device, config.dtype, distributed=False)
-    model, tokenizer, _ = load_model(Path(config.out_dir), config.which)
-    if tokenizer is None:
-        raise InputError(f"--out_dir={config.out_dir} holds a model of pictures: text needs one that was trained on text")
+    model, tokenizer, meta = load_model(Path(config.out_dir), config.which)
     model.to(place.device, place.dtype)
+    if place.device.type == "cpu":
+        onednn.accelerate(model)
+    if tokenizer is None:
+        from classify import classify
+
+        if config.start:
+            raise InputError(f"--start is for text, and --out_dir={config.out_dir} holds a model of pictures: use --pictures=FILE,FOLDER,...")
+        return classify(model, meta, config.pictures, config.num_samples, Path(config.out_dir) / "sheet.png", place)
+    if config.pictures:
+        raise InputError(f"--pictures is for a model of pictures, and --out_dir={config.out_dir} holds one of text")
     vocabulary_size = len(tokenizer.characters) if tokenizer.type == "char" else tokenizer.bpe.n_vocab
     prompt_ids = tokenizer.encode(text or ("\n" if tokenizer.type == "char" else "<|endoftext|>"))
     if len(prompt_ids) > model.config.block_size:

@@ -788,7 +788,7 @@ def test_unreadable_pictures(tmp_path, monkeypatch):
     save(root / "train" / "dog" / "0.png", np.zeros((40, 40, 3), np.uint8))
     refused(root, out, "0.png", "DecompressionBombError")
     monkeypatch.undo()
-    monkeypatch.setattr(imagenet, "MAX_FILE", 100)
+    monkeypatch.setattr(pictures, "MAX_FILE", 100)
     refused(root, out, "more than 100 bytes")
 
 

@@ -30,7 +30,6 @@ they were.
 
 import contextlib
 import hashlib
-import io
 import math
 import os
 import pickle
@@ -47,7 +46,8 @@ from pathlib import Path, PurePosixPath
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from configurator import InputError, configure, one_line_errors  # noqa: E402  (numpy and PIL are imported where they are used)
+from configurator import InputError, configure, one_line_errors  # noqa: E402
+from pictures import PictureWriter, reduce_picture, short, shown, summary  # noqa: E402
 
 SIDE = 16
 VALUES = 3 * SIDE * SIDE
@@ -58,8 +58,6 @@ ARCHIVES = ("Imagenet16_train.zip", "Imagenet16_val.zip")
 NPZ = ("train_a.npz", "train_b.npz", "val.npz")
 MAX_BATCH = 256 << 20  # bytes of a batch or an .npz file unpacked; the official batches have 99 million, in protocol 2 up to twice that
 MAX_OPCODES = 4_000_000  # of a pickle; an official batch has about one per picture
-MAX_FILE = 256 << 20  # bytes of a picture file
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not all that PIL knows: EPS would start a program
 READ_AHEAD = 1024  # picture files given to the threads at a time
 NAMED = 5  # files named in a message about many
 
@@ -79,18 +77,6 @@ class PrepareConfig:
                 "the zip archives of these, a folder with train_a.npz, train_b.npz and val.npz, or one with train/CLASS/* and val/CLASS/*"
             )
         return self
-
-
-def shown(name) -> str:
-    """A name from outside for a message of one line."""
-    name = str(name)
-    return name if name.isprintable() else ascii(name)
-
-
-def short(error: BaseException) -> str:
-    """The kind of an exception and the first words of its message."""
-    words = " ".join(str(error).split())[:100]
-    return type(error).__name__ + f": {shown(words)}" * bool(words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -534,39 +520,6 @@ def find_pictures(root: Path) -> dict[str, dict[str, list[Path]]]:
     return found
 
 
-def reduce_picture(path: Path):
-    """A picture file -> ((3, 16, 16) uint8, or why it cannot be decoded as text; sha256 of the file)."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    digest = ""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_FILE + 1)
-        if len(content) > MAX_FILE:
-            return f"more than {MAX_FILE:,} bytes", digest
-        digest = hashlib.sha256(content).hexdigest()
-        with Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                return f"{image.width} x {image.height} pixels, more than PIL's limit", digest
-            image.load()
-            if image.mode.startswith("I;16"):
-                grey = np.asarray(image).astype(np.uint32)
-                image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
-            if image.mode in ("I", "F"):
-                return f"PIL mode {image.mode}, whose range is not known", digest
-            if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-                layer = image.convert("RGBA")
-                image = Image.new("RGB", layer.size)
-                image.paste(layer, mask=layer.getchannel("A"))
-            small = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX))
-            return np.ascontiguousarray(small.transpose(2, 0, 1)), digest
-    except UnidentifiedImageError:
-        return "of no known format", digest
-    except Exception as error:  # a damaged file makes PIL's decoders raise almost anything
-        return short(error), digest
-
-
 def from_pictures(root: Path, found: dict, writer) -> dict:
     """Adds the pictures to the writer and returns what its finish takes."""
     try:
@@ -645,7 +598,6 @@ def find_layout(source: str, classes: str):
 
 def prepare(config: PrepareConfig):
     """Reads the source, writes the files and says on stdout what they are. Raises InputError; the files are then as they were."""
-    from pictures import PictureWriter, summary
 
     directory = Path(config.out_dir) if config.out_dir else HERE
     try:
