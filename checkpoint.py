@@ -61,8 +61,9 @@ def _checksum(meta: dict) -> str:
 
 
 def remove(directory: Path):
-    """Removes a checkpoint that a new run replaces; no error when there is none."""
-    shutil.rmtree(directory, ignore_errors=True)
+    """Removes a checkpoint that a new run replaces, and nothing else: a directory without checkpoint.json stays."""
+    if (directory / "checkpoint.json").is_file():
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def save(directory: Path, model, optimizer, step: int, main: bool = True, **entries):

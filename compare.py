@@ -145,7 +145,9 @@ def read_cell(path: Path, expected: dict) -> dict | None:
     """A finished cell's result, None when there is none yet. Raises InputError for a cell that is damaged or made differently."""
     try:
         cell = json.loads(path.read_text(encoding="utf-8"))
-        made, result = dict(cell["fingerprint"]), dict(cell["result"])
+        made, result = cell["fingerprint"], cell["result"]
+        if not isinstance(made, dict) or not isinstance(result, dict):
+            raise TypeError("fingerprint or result")
         if "diverged_at" not in result and not {"best_val_loss", "val_loss", "best_step", "seconds", "ms", "tokens_per_s", "curve"} <= result.keys():
             raise KeyError("result")
     except FileNotFoundError:

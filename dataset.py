@@ -314,6 +314,8 @@ class Pictures:
                 if count == 0 or labels.max() >= self.n_classes:
                     raise InputError(f"{directory / f'{name}_labels.bin'} has labels beyond the {self.n_classes} classes, or no picture")
                 self.split[name] = torch.from_numpy(pictures).to(device), torch.from_numpy(labels).to(device)
+            if len(meta["mean"]) != 3 or len(meta["std"]) != 3:
+                raise ValueError("mean and std need three numbers each")
             scale = [torch.tensor(meta[key], dtype=torch.float32, device=device).view(3, 1, 1) for key in ("mean", "std")]
         except (ValueError, KeyError, TypeError) as error:
             raise incomplete(directory, error) from None

@@ -1,5 +1,6 @@
 """The log of a run: OUT_DIR/metrics.jsonl, one JSON object a line, and Weights & Biases when asked for."""
 
+import contextlib
 import fcntl
 import json
 from pathlib import Path
@@ -23,32 +24,34 @@ class Metrics:
         `wandb_options` are the arguments of wandb.init. Raises InputError: directory not writable, in use, or holding a run; wandb not working.
         """
         path = out_dir / "metrics.jsonl"
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a+")
-        except OSError as error:
-            raise InputError(f"cannot write in --out_dir={out_dir}: {error.strerror}") from None
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another training is writing to --out_dir={out_dir}: choose another") from None
-        taken = path.stat().st_size > 0 or (out_dir / "last" / "checkpoint.json").exists()
-        if taken and resume_at is None and not overwrite:
-            raise InputError(f"--out_dir={out_dir} holds a run: --init_from=resume continues it, --overwrite=True replaces it, or choose another")
-        self.file.seek(0)
-        keep = 0
-        while resume_at is not None and (line := self.file.readline()).endswith("\n") and json.loads(line)["step"] <= resume_at:
-            keep = self.file.tell()
-        self.file.truncate(keep)
-        self.wandb = None
-        if wandb_options is not None:
+        with contextlib.ExitStack() as undo:  # a refusal changes nothing and leaves no lock
             try:
-                import wandb
+                out_dir.mkdir(parents=True, exist_ok=True)
+                self.file = undo.enter_context(open(path, "a+", encoding="utf-8"))
+            except OSError as error:
+                raise InputError(f"cannot write in --out_dir={out_dir}: {error.strerror}") from None
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"another training is writing to --out_dir={out_dir}: choose another") from None
+            taken = path.stat().st_size > 0 or any((out_dir / name / "checkpoint.json").exists() for name in ("last", "best"))
+            if taken and resume_at is None and not overwrite:
+                raise InputError(f"--out_dir={out_dir} holds a run: --init_from=resume continues it, --overwrite=True replaces it, or choose another")
+            self.wandb = None
+            if wandb_options is not None:
+                try:
+                    import wandb
 
-                self.wandb = wandb.init(dir=out_dir, **wandb_options)
-            except Exception as error:  # wandb's errors have no common class
-                hint = "pip install wandb; WANDB_MODE=offline needs no account"
-                raise InputError(f"--wandb_log=True: {type(error).__name__}: {error} ({hint})") from None
+                    self.wandb = wandb.init(dir=out_dir, **wandb_options)
+                except Exception as error:  # wandb's errors have no common class
+                    hint = "pip install wandb; WANDB_MODE=offline needs no account"
+                    raise InputError(f"--wandb_log=True: {type(error).__name__}: {error} ({hint})") from None
+            self.file.seek(0)
+            keep = 0
+            while resume_at is not None and (line := self.file.readline()).endswith("\n") and json.loads(line)["step"] <= resume_at:
+                keep = self.file.tell()
+            self.file.truncate(keep)
+            undo.pop_all()
 
     def record(self, **values):
         """Appends one row."""
@@ -66,5 +69,5 @@ class Metrics:
 
 def read_metrics(out_dir: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
-    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines = (Path(out_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]

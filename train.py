@@ -216,12 +216,14 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
     config, model, last = program.config, program.model, out_dir / "last"
     if config.init_from == "resume":
         meta = checkpoint.read_meta(last)
+        if (meta["kind"] == "pictures") != isinstance(model, ViT):
+            raise InputError(f"{last} was trained on {meta['kind']}, --dataset={config.dataset} is of the other kind")
         for key, ours in dataclasses.asdict(model.config).items():
             theirs = tuple(meta["model"][key]) if isinstance(ours, tuple) else meta["model"][key]
             if ours != theirs:
                 raise InputError(f"{last} was trained with {key}={theirs}, this run has {key}={ours}: resume with the same config")
         if meta["data"] != program.data.checksum:
-            raise InputError(f"{last} was trained on other data: the sha256 of train.bin or val.bin of --dataset={config.dataset} differs")
+            raise InputError(f"{last} was trained on other data: the checksums of --dataset={config.dataset} differ")
         if meta["config"]["seed"] != seed:
             raise InputError(f"{last} was trained with --seed={meta['config']['seed']}: with --seed={seed} it would be another run")
         checkpoint.load_into(last, meta, model, program.optimizer)

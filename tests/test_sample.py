@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 import checkpoint
@@ -265,11 +266,56 @@ def test_the_data_folder_may_be_gone(tokens_dir, tmp_path, capsys):
     assert len(text) == 4 + 40 + 1 + len(DASHES), "of 64 rows only those of the characters are drawn, and each prints as one"
 
 
-def test_a_model_of_pictures_is_refused(tmp_path):
-    model = ViT(ViTConfig(image_size=4, patch_size=2, n_layer=1, n_head=1, n_embd=8, n_classes=3))
-    checkpoint.save(tmp_path / "best", model, None, 1)
-    with pytest.raises(InputError, match=f"--out_dir={tmp_path} holds a model of pictures"):
-        sample.main(SampleConfig(out_dir=str(tmp_path)))
+def picture_checkpoint(tmp_path) -> ViT:
+    """OUT_DIR with a random model of 4 x 4 pictures of 3 classes, and a data set of five validation pictures."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "val.bin").write_bytes(generator.integers(0, 256, (5, 3, 4, 4), dtype=np.uint8).tobytes())
+    (tmp_path / "data" / "val_labels.bin").write_bytes(np.array([0, 1, 2, 1, 0], dtype="<u2").tobytes())
+    model = ViT(ViTConfig(image_size=4, patch_size=2, n_layer=1, n_head=1, n_embd=8, n_classes=3), seed=1)
+    about = {"type": "pictures", "class_names": ["cat", "dog", "fox"], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "shape": [3, 4, 4]}
+    checkpoint.save(tmp_path / "best", model, None, 1, tokenizer=about, config={"dataset": str(tmp_path / "data")})
+    return model.double().eval()
+
+
+def test_validation_pictures_get_the_models_classes(tmp_path, capsys):
+    model = picture_checkpoint(tmp_path)
+    sample.main(SampleConfig(out_dir=str(tmp_path), num_samples=4, device="cpu"))
+    pictures = np.frombuffer((tmp_path / "data" / "val.bin").read_bytes(), dtype=np.uint8).reshape(5, 3, 4, 4)[:4]
+    mean, std = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.25, 0.3])
+    x = torch.from_numpy((pictures / 255 - mean[:, None, None]) / std[:, None, None])
+    shares = model(x)[0].softmax(dim=1)
+    lines = capsys.readouterr().out.splitlines()
+    for i, label in enumerate(("cat", "dog", "fox", "dog")):
+        order = shares[i].argsort(descending=True).tolist()
+        told = ", ".join(f"{('cat', 'dog', 'fox')[k]} {float(shares[i, k]):.1%}" for k in order)
+        assert lines[i] == f"validation picture {i}, {label}: {told}"
+    assert len(lines) == 5 and Image.open(tmp_path / "sheet.png").format == "PNG"
+
+
+def test_a_picture_file_is_reduced_and_classified(tmp_path, capsys):
+    model = picture_checkpoint(tmp_path)
+    large = np.kron(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5, np.ones((3, 3, 1), dtype=np.uint8))  # BOX undoes the enlargement
+    Image.fromarray(large).save(tmp_path / "file.png")
+    sample.main(SampleConfig(out_dir=str(tmp_path), pictures=str(tmp_path / "file.png"), device="cpu"))
+    small = (np.arange(48).reshape(4, 4, 3) * 5).transpose(2, 0, 1)
+    x = (small / 255 - np.array([0.5, 0.4, 0.3])[:, None, None]) / np.array([0.2, 0.25, 0.3])[:, None, None]
+    share, best = model(torch.from_numpy(x[None]))[0].softmax(dim=1)[0].max(dim=0)
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'file.png'}: {('cat', 'dog', 'fox')[best]} {float(share):.1%}")
+
+
+def test_pictures_and_text_are_not_mixed_up(tmp_path):
+    picture_checkpoint(tmp_path)
+    (tmp_path / "text").write_text("no picture")
+    cases = {"start": ("x", "--start is for text"), "pictures": (str(tmp_path / "text"), "of no known format")}
+    for key, (value, message) in cases.items():
+        with pytest.raises(InputError, match=message):
+            sample.main(SampleConfig(out_dir=str(tmp_path), device="cpu", **{key: value}))
+    with pytest.raises(InputError, match="does not exist"):
+        sample.main(SampleConfig(out_dir=str(tmp_path), device="cpu", pictures=str(tmp_path / "nowhere")))
+    (tmp_path / "data" / "val.bin").unlink()
+    with pytest.raises(InputError, match="not there"):
+        sample.main(SampleConfig(out_dir=str(tmp_path), device="cpu"))
 
 
 class Bytes:

@@ -778,7 +778,6 @@ def test_compiled_training_equals_eager(tokens_dir, tmp_path):
 # Known faults
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="Metrics looks at metrics.jsonl and last/ alone, so train removes best/ unasked")
 @pytest.mark.parametrize("left", ["a checkpoint", "a file of another's"])
 def test_best_is_not_removed_without_overwrite(tokens_dir, tmp_path, undisturbed, left):
     if left == "a checkpoint":
@@ -794,7 +793,6 @@ def test_best_is_not_removed_without_overwrite(tokens_dir, tmp_path, undisturbed
     assert before.items() <= content(tmp_path / "best").items()
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="Metrics empties the old metrics.jsonl before it knows whether wandb works")
 def test_overwrite_keeps_the_log_when_the_run_does_not_begin(tokens_dir, tmp_path, undisturbed, capsys, monkeypatch):
     shutil.copytree(undisturbed, tmp_path / "run")
     before = content(tmp_path / "run")
@@ -803,7 +801,6 @@ def test_overwrite_keeps_the_log_when_the_run_does_not_begin(tokens_dir, tmp_pat
     assert content(tmp_path / "run") == before
 
 
-@pytest.mark.xfail(strict=True, raises=InputError, reason="Metrics keeps the lock of a directory that it refuses until the exception is forgotten")
 @pytest.mark.parametrize("arguments", [{}, {"resume_at": 40, "wandb_options": {}}], ids=["holds a run", "wandb"])
 def test_a_refusal_leaves_no_lock(tmp_path, undisturbed, monkeypatch, arguments):
     monkeypatch.setitem(sys.modules, "wandb", None)
