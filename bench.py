@@ -1,0 +1,297 @@
+"""How fast is it here? Arms interleaved in one process, with the program and the loader of train.py.
+
+    python bench.py --what=train --model=quick --arms=A,A-I
+    python bench.py --what=train --model=gpt2 --batch_size=64 --profile=True
+    python bench.py --what=sample --model=shakespeare_char
+    python bench.py --what=startup --model=quick
+
+The arms take turns (A, A - I, A, A - I, ...), so that a machine whose speed drifts drifts under both; a row states the median over rounds with
+the quartiles, and the ratio to the first arm is the median of the rounds' own ratios. Building, compiling and two warm-up turns are not counted.
+Absolute times hold for one machine at one time: compare ratios within one run.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+
+from configurator import InputError, TrainConfig, configure, one_line_errors
+from configurator import build as build_config
+
+ARMS = {"A": [], "A-I": [("diffusion", "True")]}  # an arm's name -> its options
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Speed of training, evaluation, sampling and start-up: python bench.py [--key=value ...]"""
+
+    what: str = "train"  # train, eval, sample or startup
+    model: str = "quick"  # a recipe: config/MODEL.py
+    arms: str = "A,A-I"  # comma-separated, of A and A-I; the first is what the others are compared with
+    batch_size: int = 0  # sequences per step in one batch; 0: the recipe's batch and accumulation
+    dataset: str = ""  # empty: the recipe's, or random data of its kind where that is not prepared
+    rounds: int = 10  # turns of each arm that are counted
+    steps: int = 0  # optimizer steps or evaluations per turn; 0: as many as take about half a second
+    tokens: int = 500  # sample: tokens after a prompt of 100 (or block_size / 2, if that is less)
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    compile: bool | None = None  # None: on CUDA
+    out: str = ""  # a JSON file for the figures
+    profile: bool = False  # train: a table of the kernels that take most time, per arm
+
+    def check(self) -> "BenchConfig":
+        """Raises InputError for a value out of range; returns self."""
+        if self.what not in ("train", "eval", "sample", "startup"):
+            raise InputError(f"--what={self.what} must be train, eval, sample or startup")
+        for arm in self.arms.split(","):
+            if arm not in ARMS:
+                raise InputError(f"--arms={self.arms}: {arm!r} is none of {', '.join(ARMS)}")
+        for key, low in (("rounds", 1), ("tokens", 1), ("batch_size", 0), ("steps", 0)):
+            if getattr(self, key) < low:
+                raise InputError(f"--{key}={getattr(self, key)} must be at least {low}")
+        return self
+
+
+if __name__ == "__main__":  # before torch is imported
+    with one_line_errors():
+        command_line = configure(BenchConfig)
+
+import json
+import platform
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tabulate import tabulate
+
+from dataset import ROOT, directory_of, write_file, write_tokens
+from model import GPT
+from pictures import PictureWriter
+from place import find_place, say
+from sample import generate
+from train import build
+
+CLOCK = time.perf_counter
+
+
+def recipe(bench: BenchConfig, arm: str, folder: Path) -> TrainConfig:
+    """The training config of an arm, with data that exist. Raises InputError for an unknown recipe."""
+    path = ROOT / "config" / f"{bench.model}.py"
+    if not path.is_file():
+        raise InputError(f"--model={bench.model}: there is no config/{bench.model}.py")
+    config = build_config(TrainConfig, [str(path)], ARMS[arm])
+    changes = {"device": bench.device, "dtype": bench.dtype, "compile": bench.compile, "dataset": bench.dataset or config.dataset}
+    if bench.batch_size:
+        changes |= {"batch_size": bench.batch_size, "gradient_accumulation_steps": 1}
+    if not bench.dataset and not (directory_of(config.dataset) / "meta.json").is_file():
+        changes["dataset"] = str(random_data(folder, config))
+    return dataclasses.replace(config, **changes).check()
+
+
+def random_data(folder: Path, config: TrainConfig) -> Path:
+    """Random data of the kind that the recipe reads: speed does not depend on what a token or a pixel is."""
+    if (folder / "meta.json").is_file():
+        return folder
+    say(f"--dataset={config.dataset} is not prepared: random data instead")
+    generator = np.random.default_rng(0)
+    if config.dataset == "imagenet16":
+        with PictureWriter(folder) as writer:
+            labels = {}
+            for name, count in (("train", 20000), ("val", 2000)):
+                labels[name] = np.arange(count) % 200
+                writer.add(name, generator.integers(0, 256, (count, 3, 16, 16), dtype=np.uint8))
+            writer.finish(labels, [str(i) for i in range(200)], "random", {})
+    else:
+        size = config.vocab_size or 65
+        ids = [generator.integers(0, min(size, 50257), count) for count in (4_000_000, 200_000)]
+        write_tokens(folder, *ids, {"vocab_size": min(size, 50257), "tokenizer": {"type": "gpt2"}})
+    return folder
+
+
+def synchronize(device: torch.device):
+    """Waits for the device, so that the clock sees finished work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def take_turns(turns: dict, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """{arm: function of no argument} -> {arm: seconds of each round}, the arms one after the other in every round."""
+    seconds = {arm: [] for arm in turns}
+    for i in range(rounds + 2):
+        for arm, turn in turns.items():
+            synchronize(device)
+            start = CLOCK()
+            turn()
+            synchronize(device)
+            if i >= 2:
+                seconds[arm].append(CLOCK() - start)
+    return seconds
+
+
+def spread(values) -> dict:
+    """Median and quartiles."""
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return {"median": float(middle), "quartiles": [float(low), float(high)]}
+
+
+def programs(bench: BenchConfig, folder: Path) -> tuple[dict, dict, object]:
+    """{arm: program}, {arm: GiB at its peak while it was the only new one}, the place."""
+    built, memory = {}, {}
+    for arm in bench.arms.split(","):
+        config = recipe(bench, arm, folder)
+        place = find_place(config.device, config.dtype, distributed=False)
+        before = torch.cuda.memory_allocated() if place.device.type == "cuda" else 0
+        if place.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        built[arm] = build(config, place)
+        built[arm].model.init_weights(0)
+        built[arm].step(0, 0)
+        synchronize(place.device)
+        memory[arm] = (torch.cuda.max_memory_allocated() - before) / 2**30 if place.device.type == "cuda" else None
+    return built, memory, place
+
+
+def bench_train_or_eval(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]:
+    """One row per arm: ms per step (or evaluation), tokens/s, TFLOP/s, MFU, peak memory, ratio to the first arm."""
+    built, memory, place = programs(bench, folder)
+    first = next(iter(built.values()))
+
+    def work(program, count):
+        for i in range(count):
+            program.step(0, i) if bench.what == "train" else program.evaluate()
+
+    def steps_of_half_a_second():
+        work(first, 2)
+        synchronize(place.device)
+        start = CLOCK()
+        work(first, 2)
+        synchronize(place.device)
+        return max(1, round(0.5 / ((CLOCK() - start) / 2)))
+
+    count = bench.steps or steps_of_half_a_second()
+    turns = {arm: (lambda program=program: work(program, count)) for arm, program in built.items()}
+    seconds = take_turns(turns, bench.rounds, place.device)
+    rows = []
+    for arm, program in built.items():
+        tokens = program.tokens
+        if bench.what == "eval":
+            tokens = sum(n for *_, n in program.data.validation(program.config.batch_size, program.config.eval_tokens))
+            tokens *= 1 if isinstance(program.model, GPT) else program.data.block_size
+        flops = program.model.flops_per_token() * (1 if bench.what == "train" else 1 / 3)
+        ms = spread([1e3 * value / count for value in seconds[arm]])
+        rate = tokens / ms["median"] * 1e3
+        ratio = spread(np.array(seconds[arm]) / np.array(seconds[next(iter(built))]))
+        row = {"arm": arm, "ms": ms, "tokens_per_s": rate, "tflops": rate * flops / 1e12, "mfu": rate * flops / place.peak if place.peak else None}
+        rows.append(row | {"peak_gib": memory[arm], "ratio": ratio, "mode": program.mode, "turn": f"{count} per turn"})
+        if bench.profile and bench.what == "train":
+            rows[-1]["profile"] = profile(program, place.device)
+    return rows, place
+
+
+def profile(program, device: torch.device) -> str:
+    """A table of the operations that take most time in three steps."""
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CUDA] if device.type == "cuda" else [activity.CPU]
+    with torch.profiler.profile(activities=kinds) as recorded:
+        for i in range(3):
+            program.step(0, i)
+        synchronize(device)
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return recorded.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=80)
+
+
+def bench_sample(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]:
+    """Batch 1: sample.generate with its cache against a loop that reads the whole context for every token, random weights, greedy."""
+    turns, places = {}, {}
+    for arm in bench.arms.split(","):
+        config = recipe(bench, arm, folder)
+        place = find_place(config.device, config.dtype, distributed=False)
+        program = build(dataclasses.replace(config, compile=False, cuda_graph=None), place)
+        if not isinstance(program.model, GPT):
+            raise InputError(f"--what=sample writes text, and --model={bench.model} is for pictures")
+        program.model.init_weights(0)
+        model = program.model.eval().to(place.dtype)
+        context = model.config.block_size
+        size = model.config.vocab_size
+        prompt = [i % size for i in range(min(100, context // 2))]
+
+        def cached(model=model, prompt=prompt, size=size):
+            for _ in generate(model, prompt, bench.tokens, 0.0, 0, torch.Generator(), size):
+                pass
+
+        @torch.inference_mode()
+        def plain(model=model, prompt=prompt, context=context, device=place.device):
+            tokens = torch.tensor([prompt], device=device)
+            for _ in range(bench.tokens):
+                tokens = torch.cat((tokens, model(tokens[:, -context:])[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+
+        turns |= {f"{arm}, no cache": plain, arm: cached}
+        places[arm] = place
+    seconds = take_turns(turns, bench.rounds, place.device)
+    base = np.array(seconds[next(iter(turns))])
+    rows = []
+    for name, values in seconds.items():
+        ms = spread([1e3 * value / bench.tokens for value in values])
+        rows.append({"arm": name, "ms": ms, "tokens_per_s": 1e3 / ms["median"], "ratio": spread(np.array(values) / base)})
+    return rows, place
+
+
+def bench_startup(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]:
+    """Seconds from the command to the end of train.py --help, and to the first iteration's line of train.py, text prepared."""
+    config = recipe(bench, bench.arms.split(",")[0], folder)
+    path = str(ROOT / "config" / f"{bench.model}.py")
+    script = [sys.executable, str(ROOT / "train.py")]
+    rows = []
+    for name, command in (("--help", [*script, "--help"]), ("first iteration", None)):
+        seconds = []
+        for i in range(bench.rounds):
+            if command is None:
+                options = {"out_dir": folder / f"start-{i}", "dataset": config.dataset, "device": bench.device, "log_interval": 1}
+                run = [*script, path, "--eval_interval=1000000", "--eval_tokens=1", *(f"--{key}={value}" for key, value in options.items())]
+            else:
+                run = command
+            start = CLOCK()
+            with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+                for line in process.stdout:
+                    if command is None and line.startswith("iter 1:"):
+                        break
+                seconds.append(CLOCK() - start)
+                process.kill()
+        rows.append({"arm": name, "ms": spread([1e3 * value for value in seconds]), "ratio": None})
+    return rows, find_place(bench.device, bench.dtype, distributed=False)
+
+
+def main(bench: BenchConfig):
+    """Runs one benchmark, prints its table and writes --out. Raises InputError."""
+    with tempfile.TemporaryDirectory() as folder:
+        function = {"train": bench_train_or_eval, "eval": bench_train_or_eval, "sample": bench_sample, "startup": bench_startup}[bench.what]
+        rows, place = function(bench, Path(folder))
+    lines = []
+    for row in rows:
+        (low, high), ratio = row["ms"]["quartiles"], row["ratio"]
+        cells = [row["arm"], f"{row['ms']['median']:.3f}", f"{low:.3f} to {high:.3f}"]
+        cells += [f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "-"]
+        cells += [f"{row['tflops']:.2f}" if "tflops" in row else "-", f"{row['mfu']:.1%}" if row.get("mfu") else "-"]
+        cells += [f"{row['peak_gib']:.2f}" if row.get("peak_gib") else "-", f"{ratio['median']:.3f}" if ratio else "-"]
+        lines.append(cells)
+    unit = {"train": "ms a step", "eval": "ms an evaluation", "sample": "ms a token", "startup": "ms"}[bench.what]
+    headers = ["arm", unit, "quartiles", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "ratio"]
+    how = f"{place.name()}, {place.dtype}, {rows[0].get('mode', 'eager')}"
+    print(f"{bench.what}, {bench.model}, {how}, {bench.rounds} rounds, torch {torch.__version__}\n")
+    print(tabulate(lines, headers, tablefmt="github", disable_numparse=True))
+    for row in rows:
+        if "profile" in row:
+            print(f"\n{row['arm']}\n{row['profile']}")
+    if bench.out:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "device": place.name(), "dtype": str(place.dtype)}
+        figures = {"bench": dataclasses.asdict(bench), "versions": versions, "rows": rows}
+        write_file(Path(bench.out), (json.dumps(figures, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(command_line)

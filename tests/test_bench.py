@@ -1,0 +1,56 @@
+"""bench.py: the arms take turns, the figures follow from the clock, and each benchmark runs the program of train.py."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+from bench import BenchConfig, spread, take_turns
+from configurator import InputError
+
+
+def test_arms_take_turns_and_the_warm_up_is_not_counted():
+    calls = []
+    seconds = take_turns({"A": lambda: calls.append("A"), "B": lambda: calls.append("B")}, 3, torch.device("cpu"))
+    assert calls == ["A", "B"] * 5  # two rounds of warm-up
+    assert [len(values) for values in seconds.values()] == [3, 3]
+
+
+def test_rates_follow_from_the_clock(monkeypatch, tokens_dir, tmp_path, capsys):
+    """With a clock that says 0.25 s for a turn of arm A and 0.5 s for one of A - I."""
+    ticks = iter(np.cumsum([0, *[0.25, 0, 0.5, 0] * 10]))  # begin and end of each turn
+    monkeypatch.setattr(bench, "CLOCK", lambda: float(next(ticks)))
+    bench.main(BenchConfig(dataset=str(tokens_dir), rounds=4, steps=2, device="cpu", out=str(tmp_path / "figures.json")))
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["A", "A-I"]
+    assert [row["ms"]["median"] for row in rows] == pytest.approx([125, 250])
+    assert [row["tokens_per_s"] for row in rows] == pytest.approx([12 * 64 / 0.125, 12 * 64 / 0.25])
+    assert [row["ratio"]["median"] for row in rows] == pytest.approx([1, 2])
+    parameters = 4 * (12 * 128**2 + 2 * 128) + 128 + 128 * 24  # four blocks, the last LayerNorm, the tied table of the fixture's tokens
+    tokens = json.loads((tokens_dir / "meta.json").read_text())["vocab_size"]
+    flops = 6 * (parameters + 128 * (tokens - 24)) + 12 * 4 * 128 * 64
+    assert rows[0]["tflops"] == pytest.approx(12 * 64 / 0.125 * flops / 1e12)
+    assert "| A-I   | 250.000" in capsys.readouterr().out
+
+
+def test_spread_is_median_and_quartiles():
+    assert spread([5, 1, 2, 3, 4]) == {"median": 3, "quartiles": [2, 4]}
+
+
+def test_sampling_with_and_without_a_cache(tokens_dir, capsys):
+    bench.main(BenchConfig(what="sample", arms="A-I", dataset=str(tokens_dir), rounds=1, tokens=3, device="cpu"))
+    out = capsys.readouterr().out
+    assert "| A-I, no cache |" in out and "| A-I           |" in out
+
+
+@pytest.mark.parametrize("keys, message", [({"what": "x"}, "--what=x"), ({"arms": "A,B"}, "'B' is none of"), ({"rounds": 0}, "--rounds=0")])
+def test_bad_options_are_refused(keys, message):
+    with pytest.raises(InputError, match=message):
+        BenchConfig(**keys).check()
+
+
+def test_an_unknown_recipe_is_refused(tmp_path):
+    with pytest.raises(InputError, match="there is no config/nothing.py"):
+        bench.main(BenchConfig(model="nothing"))
