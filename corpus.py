@@ -1,7 +1,7 @@
 """Text corpora: documents from files of many formats, and a parallel, resumable writer of GPT-2 tokens.
 
-The way of a document. The main process reads the source files in order and cuts them into blocks of about 1 MiB (whole lines, whole archive
-members). Worker processes turn a block into documents, check that they are text and tokenise them. The main process appends their results,
+The way of a document. The main process reads the source files in order and cuts them into blocks of about 0.5 MiB (whole lines, whole
+archive members). Worker processes turn a block into documents, check that they are text and tokenise them. The main process appends their results,
 in order, to shards of 8 MiB in the hidden folder DIRECTORY/.prepare.tmp. Blocks and shards depend on the source alone, not on the number of
 processes. When all is tokenised the number N of documents is known, the split and the order are drawn (see ORDER_RULE) and an external sort
 brings the documents into that order: every shard is sorted, then all shards are read side by side, a range of places at a time. Nothing that
@@ -36,7 +36,7 @@ from pathlib import Path
 from configurator import InputError
 
 KIB, MIB = 1 << 10, 1 << 20
-BLOCK = 1 * MIB  # bytes of raw documents that a worker gets at once, about
+BLOCK = MIB // 2  # bytes of raw documents that a worker gets at once, about
 SHARD = 8 * MIB  # bytes of tokens between two points where a killed run can go on, about
 RANGE = 128 * MIB  # bytes of tokens that the last step of the sort holds, about
 MAX_DOCUMENT = 16 * MIB  # bytes of a document; tiktoken needs up to 55 times as much for one unbroken word of that length
@@ -286,7 +286,7 @@ def line_blocks(chunks, name: str):
 
 
 def grouped(items, name: str):
-    """(label, bytes or reason) pairs -> "texts" blocks of about 1 MiB."""
+    """(label, bytes or reason) pairs -> "texts" blocks of about BLOCK bytes."""
     group, size = [], 0
     for label, content in items:
         group.append((label, content))
@@ -510,7 +510,7 @@ class GPT2Encoder:
     SPACE = "\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"  # \s in the pattern; Python's \s has four more
     LONG_RUN = re.compile(f"[{SPACE}][{SPACE}](?:[{SPACE}]|\\Z)")
     CUT = re.compile(f"([{SPACE}]{{2,}}\\Z|[{SPACE}]{{2,}}(?=[{SPACE}]))")
-    ASCII_RUNS = tuple("\n\n" + c for c in "\t\n\v\f\r ")
+    LONG_ASCII_RUN = re.compile("\n\n(?:[\t-\r ]|\\Z)")
     PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 
     vocab_size, tokenizer, end = 50257, {"type": "gpt2"}, END_OF_TEXT
@@ -528,7 +528,7 @@ class GPT2Encoder:
 
     def _is_simple(self, text: str) -> bool:
         if text.isascii():  # the only token of several ASCII spaces is two line feeds: a run without them is the same ids in any pieces
-            return "\n\n" not in text or not (text.endswith("\n\n") or any(run in text for run in self.ASCII_RUNS))
+            return self.LONG_ASCII_RUN.search(text) is None
         return self.LONG_RUN.search(text) is None
 
     def encode(self, text: str):

@@ -17,8 +17,8 @@ Documents are taken as they are. (The hub's copy of the original shards has runs
 reason and named in meta.json and on stdout. The split and the order are nanoGPT's: see ORDER_RULE in corpus.py, which also goes into
 meta.json. From the same documents in the same order come the very bytes of nanoGPT's train.bin and val.bin.
 
-A run that was killed goes on where it was when the same command is given again. Memory stays below 1.5 GiB with a few processes (each worker
-has about 0.15 GiB), whatever the corpus; the disk needs three times the size of the result in --out_dir meanwhile.
+A run that was killed goes on where it was when the same command is given again. Memory stays below 1.5 GiB with a few processes (a worker
+has about 0.1 GiB), whatever the corpus; the disk needs three times the size of the result in --out_dir meanwhile.
 
 The hub. That data set has no parquet files of its own that this script could name for sure, but the hub keeps a parquet form of every public
 set in the branch refs/convert/parquet, so that is the default of --revision. A branch may move: it is resolved to a commit, exactly that one
