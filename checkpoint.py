@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -194,7 +195,7 @@ def read_nanogpt(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in stored["model"].items()}
         arguments = {key: stored["model_args"][key] for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")}
-        assert tensors["transformer.wpe.weight"].dim() == 2
+        tensors["transformer.wpe.weight"].dim()  # every GPT has one
     except FileNotFoundError:
         raise InputError(f"--init_from={path} does not exist") from None
     except Exception as error:  # a damaged zip, a pickle that asks for code, other keys: torch names no common class
@@ -203,17 +204,114 @@ def read_nanogpt(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(dropped)}, arguments
 
 
+PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's weights, in the hub's openai-community
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # in transformers (in, out): transposed nn.Linear
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+
+
+def _huggingface_folder(name: str) -> Path:
+    """The folder that `name` is, or the one of the hub's cache into which the weights of that name were downloaded. Raises InputError."""
+    import huggingface_hub
+
+    folder = Path(name)
+    if name in PRETRAINED:
+        try:
+            folder = Path(huggingface_hub.snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]))
+        except Exception as error:  # no network, no such host, a refusal, a full disk: the hub names no common class
+            way_out = "without network copy a folder with its config.json and model.safetensors here and give --init_from=FOLDER"
+            raise InputError(f"--init_from={name} cannot be downloaded ({type(error).__name__}): {way_out}") from None
+    files = {"model.safetensors"}
+    try:
+        if not (folder / "model.safetensors").is_file() and (folder / "model.safetensors.index.json").is_file():
+            files = set(json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--init_from={name}: model.safetensors.index.json is damaged ({type(error).__name__})") from None
+    for file in sorted(map(str, files)):  # an index may name anything, a pickle or a path elsewhere too
+        if not file.endswith(".safetensors") or Path(file).name != file or not (folder / file).is_file():
+            raise InputError(f"--init_from={name} lacks {file}, or it is no safetensors file in that folder: only those are read, pickles never")
+    return folder
+
+
+def read_huggingface(name: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """One of PRETRAINED, or a folder of transformers' GPT2LMHeadModel -> (float32 tensors by our parameter names, architecture).
+
+    The four names mean the hub, even beside a folder of that name (which is ./gpt2). Weights come from safetensors alone and no code of the folder
+    runs, so a folder that export_hf.py wrote for A - I is read like any other: whether to diffuse is the config's business. GPT-2's own GELU is
+    the tanh approximation and this model's the exact one, as in nanoGPT: that is said on stderr, other differences are refused. Raises InputError.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(f"--init_from={name} needs the package transformers: pip install -r requirements-hf.txt") from None
+    folder, logging = _huggingface_folder(name), transformers.utils.logging
+    keys = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "layer_norm_epsilon")
+    keys += ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention", "tie_word_embeddings")
+    loud, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if stored.get("model_type") not in ("gpt2", "gpt2_graph_diffusion"):
+            raise InputError(f"--init_from={name} is a model of type {stored.get('model_type')!r}: only GPT-2's architecture can be read")
+        stored = {transformers.GPT2Config.attribute_map.get(key, key): value for key, value in stored.items()}
+        # these keys and no others: a config.json can also ask for quantization, other file names or code
+        about = transformers.GPT2Config(**{key: stored[key] for key in keys if key in stored}, bos_token_id=None, eos_token_id=None)
+        differs = {
+            "n_inner": about.n_inner not in (None, 4 * about.n_embd),
+            "activation_function": about.activation_function not in ("gelu", *TANH_GELU),
+            "layer_norm_epsilon": about.layer_norm_epsilon != 1e-5,
+            "scale_attn_weights": not about.scale_attn_weights,
+            "scale_attn_by_inverse_layer_idx": about.scale_attn_by_inverse_layer_idx,
+            "add_cross_attention": about.add_cross_attention,
+        }
+        for key in (key for key, other in differs.items() if other):
+            raise InputError(f"--init_from={name} has {key}={getattr(about, key)}, which this model cannot have")
+        model, report = transformers.GPT2LMHeadModel.from_pretrained(
+            folder, config=about, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file, a value of another type, misshapen tensors: transformers names no common class
+        cause = (str(error).strip().splitlines() or [""])[0][:200]
+        raise InputError(f"--init_from={name} cannot be read by transformers ({type(error).__name__}: {cause})") from None
+    finally:
+        logging.set_verbosity(loud)
+        if bars:
+            logging.enable_progress_bar()
+    superfluous = {key for key in report["unexpected_keys"] if not key.endswith(".attn.masked_bias")}  # a mask that old versions stored
+    for key in sorted(report["missing_keys"] | superfluous):  # transformers would go on with random numbers
+        raise InputError(f"--init_from={name}: parameter {key} is {'not one of GPT-2' if key in superfluous else 'missing'}")
+    tensors = model.state_dict()
+    if not torch.equal(tensors.pop("lm_head.weight"), tensors["transformer.wte.weight"]):
+        raise InputError(f"--init_from={name} has an output layer of its own: this model's is the token table")
+    if about.activation_function != "gelu" and int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {name} was trained with the tanh approximation of GELU, this model computes the exact one, as nanoGPT does", file=sys.stderr)
+    architecture = {key: getattr(about, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    tensors = {key: tensor.t().contiguous() if key.endswith(CONV1D) else tensor for key, tensor in tensors.items()}
+    return tensors, architecture | {"block_size": about.n_positions, "bias": True}
+
+
 def starting_weights(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
-    """The weights that init_from names, and the config with their architecture; (config, None) for scratch and resume. Raises InputError."""
+    """The weights that init_from names, and the config with their architecture; (config, None) for scratch and resume. Raises InputError.
+
+    init_from is nanoGPT's PATH/ckpt.pt, one of PRETRAINED, a checkpoint directory (checkpoint.json), or a folder of transformers (config.json).
+    Sizes, biases and vocabulary become the checkpoint's; dropout and the diffusion keys stay the config's, and block_size may be shorter.
+    """
     if config.init_from in ("scratch", "resume"):
         return config, None
+    folder = Path(config.init_from)
     if config.init_from.endswith(".pt"):
-        weights, architecture = read_nanogpt(Path(config.init_from))
+        weights, architecture = read_nanogpt(folder)
+    elif config.init_from in PRETRAINED or ((folder / "config.json").is_file() and not (folder / "checkpoint.json").is_file()):
+        weights, architecture = read_huggingface(config.init_from)
+    elif folder.is_dir():
+        weights, architecture = read_weights(folder)
     else:
-        weights, architecture = read_weights(Path(config.init_from))
-    sizes = {key: architecture[key] for key in ("n_layer", "n_head", "n_embd", "bias", "vocab_size")}
-    if config.block_size > architecture["block_size"]:
-        raise InputError(f"--block_size={config.block_size} is longer than the {architecture['block_size']} positions of {config.init_from}")
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
+        raise InputError(f"--init_from={config.init_from} is neither a directory nor one of scratch, resume, {', '.join(PRETRAINED)}, PATH/ckpt.pt")
+    sizes = {key: architecture[key] for key in ("n_layer", "n_head", "n_embd", "bias", "vocab_size", "patch_size") if key in architecture}
+    if "block_size" in architecture:  # text
+        if config.block_size > architecture["block_size"]:
+            raise InputError(f"--block_size={config.block_size} is longer than the {architecture['block_size']} positions of {config.init_from}")
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
     check_diffusion_heads(config.diffusion_heads, sizes["n_layer"], sizes["n_head"])
     return replace(config, **sizes), weights

@@ -48,7 +48,7 @@ class TrainConfig:
     log_interval: int = 1  # steps between two lines of the log
     eval_only: bool = False  # evaluate once and stop
     always_save_checkpoint: bool = True  # write last/ at every evaluation; False: only at the end and when interrupted
-    init_from: str = "scratch"  # scratch, resume, a checkpoint directory (OUT_DIR/best) or nanoGPT's PATH/ckpt.pt
+    init_from: str = "scratch"  # scratch, resume, a checkpoint directory (OUT_DIR/best), nanoGPT's PATH/ckpt.pt, gpt2 (-medium, -large, -xl) or a transformers folder
     wandb_log: bool = False  # log to Weights & Biases as well
     wandb_project: str = "graph-diffusion"  # project name there
     wandb_run_name: str = ""  # run name there; empty: out_dir

@@ -757,10 +757,6 @@ def test_resume_on_other_pictures_or_labels_is_refused(blobs, tmp_path, undistur
         train.start_state(program, 1337, undisturbed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Known faults
-
-
 @pytest.mark.parametrize("change", [{"mean": [0.5]}, {"std": [0.1, 0.2, 0.3, 0.4]}, {"mean": []}], ids=str)
 def test_a_mean_that_has_not_three_numbers_is_refused(copy, change):
     rewrite(copy, lambda meta: meta.update(change))
@@ -779,7 +775,6 @@ def test_resume_of_the_other_kind_is_refused(blobs, tokens_dir, tmp_path, undist
     assert str(last / "last") in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="checkpoint.starting_weights expects vocab_size and block_size, which a ViT has not")
 def test_a_run_starts_from_the_weights_of_another(blobs, tmp_path, undisturbed):
     program = build(tiny(blobs, tmp_path, init_from=str(undisturbed / "last"), **NOISY))
     assert train.start_state(program, 1, tmp_path) == (0, {})
