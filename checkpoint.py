@@ -110,12 +110,15 @@ def save(directory: Path, model, optimizer, step: int, main: bool = True, **entr
 
 def read_meta(directory: Path) -> dict:
     """checkpoint.json as a dict. Raises InputError when there is none, it is damaged or of a newer format."""
-    path = Path(directory) / "checkpoint.json"
+    directory = Path(directory)
+    path = directory / "checkpoint.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version, intact = meta["format"], meta["sha256"] == _checksum(meta)
     except FileNotFoundError:
-        raise InputError(f"{directory} holds no checkpoint ({path.name} is missing)") from None
+        others = [name for name in ("best", "last") for place in (directory, directory.parent) if (place / name / "checkpoint.json").is_file()]
+        hint = f", but there is {' and '.join(sorted(set(others)))}" if others else ""
+        raise InputError(f"{directory} holds no checkpoint ({path.name} is missing){hint}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     if version != FORMAT:
@@ -309,6 +312,9 @@ def starting_weights(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
     else:
         raise InputError(f"--init_from={config.init_from} is neither a directory nor one of scratch, resume, {', '.join(PRETRAINED)}, PATH/ckpt.pt")
     sizes = {key: architecture[key] for key in ("n_layer", "n_head", "n_embd", "bias", "vocab_size", "patch_size") if key in architecture}
+    for key in sizes.keys() - {"vocab_size"}:  # padding rows of the table are nobody's wish; other sizes may be, if they are not the defaults
+        if getattr(config, key) not in (sizes[key], getattr(TrainConfig, key)):
+            raise InputError(f"{config.init_from} has {key}={sizes[key]}, this run asks for --{key}={getattr(config, key)}: take it out")
     if "block_size" in architecture:  # text
         if config.block_size > architecture["block_size"]:
             raise InputError(f"--block_size={config.block_size} is longer than the {architecture['block_size']} positions of {config.init_from}")

@@ -22,7 +22,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import InputError, TrainConfig, check_keys, configure, field_names, one_line_errors, split_arguments
+from configurator import InputError, TrainConfig, check_keys, configure, field_names, one_line_errors, quit_on_interrupt, split_arguments
 from configurator import build as build_config
 
 
@@ -51,7 +51,8 @@ def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
     """Command line -> (the comparison, {arm's name: its config}), in the order given. Raises InputError."""
     words, options = split_arguments(arguments)
     ours = field_names(CompareConfig)
-    check_keys([key for key, _ in options], ours + field_names(TrainConfig))
+    known = ours + [key for key in field_names(TrainConfig) if key != "seed" or ("seed" in dict(options))]
+    check_keys([key for key, _ in options], known)
     if "init_from" in dict(options):
         raise InputError("--init_from is not an option of a comparison: use an arm with init_from=PATH in its config file")
     comparison = build_config(CompareConfig, [], [(key, value) for key, value in options if key in ours])
@@ -84,6 +85,7 @@ if __name__ == "__main__":  # before torch is imported
     with one_line_errors():
         if {"--help", "-h"} & set(sys.argv[1:]):
             configure(CompareConfig, ["--help"])
+        quit_on_interrupt()
         command_line = parse(sys.argv[1:])
 
 import gc
@@ -163,6 +165,8 @@ def read_cell(path: Path, expected: dict) -> dict | None:
 def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[str, list[dict]]:
     """Runs the cells that are not there yet, one program per arm; under torchrun this process's share. Returns all results per arm."""
     out_dir = Path(comparison.out_dir)
+    if (out_dir / "metrics.jsonl").exists():
+        raise InputError(f"--out_dir={out_dir} holds a run of train.py: name another directory for the comparison")
     seeds = range(comparison.first_seed, comparison.first_seed + comparison.seeds)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cells = [(name, seed) for name in arms for seed in seeds]
@@ -183,6 +187,7 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
             raise InputError(f"cell {path[cell].parent} was made without --save_checkpoints=True: choose another --out_dir or remove it")
     if rank == 0:
         done = len(cells) - len(missing)
+        say(f"data: {read_meta(arms[cells[0][0]].dataset)[1].get('source', 'unnamed')}")
         say(f"{len(arms)} arms x {len(seeds)} seeds = {len(cells)} runs, {done} of them finished before; {place[cells[0][0]].name()} -> {out_dir}")
     # cut from all cells: processes that start later see fewer missing ones
     mine, finished, began = [cell for cell in cells[rank::world] if cell in missing], 0, time.perf_counter()
@@ -263,7 +268,8 @@ def verdict(arm: str, baseline: str, endpoint: str, pair: dict) -> str:
     low, high = pair["interval"]
     numbers = f"by {abs(pair['mean']):.4f}{unit} (95 % interval of the difference {low:+.4f} to {high:+.4f}, {n} paired seeds)"
     if low > 0 or high < 0:
-        return f"{arm} is {'better' if sign * pair['mean'] > 0 else 'worse'} than {baseline} in {what} {numbers}."
+        few = "" if n > 3 else " So few pairs are a hint, not an answer: take more seeds."
+        return f"{arm} is {'better' if sign * pair['mean'] > 0 else 'worse'} than {baseline} in {what} {numbers}.{few}"
     return (
         f"No difference shown between {arm} and {baseline} in {what}: the mean difference is {pair['mean']:+.4f}{unit}, and its 95 % interval "
         f"{low:+.4f} to {high:+.4f} contains 0 ({n} paired seeds)."
@@ -278,7 +284,7 @@ def analyse(comparison: CompareConfig, results: dict[str, list[dict]]) -> tuple[
     """Results per arm -> (`arms`: a summary each, `pairs`: each arm against the first)."""
     arms, pairs, names = {}, {}, list(results)
     first = next((cell for cells in results.values() for cell in cells if "diverged_at" not in cell), {})
-    measured = [endpoint for endpoint, (_, key, _, _) in ENDPOINTS.items() if key in first] or list(ENDPOINTS)
+    measured = [endpoint for endpoint, (_, key, _, _) in ENDPOINTS.items() if key in first] or list({"best": 0, "last": 0, comparison.endpoint: 0})
     for name, cells in results.items():
         good = [cell for cell in cells if "diverged_at" not in cell]
         arms[name] = {
@@ -341,7 +347,7 @@ def tables(comparison: CompareConfig, arms: dict, pairs: dict) -> str:
     return text
 
 
-def provenance(arms: dict[str, TrainConfig], device: str, data: dict) -> dict:
+def provenance(arms: dict[str, TrainConfig], device: str, source: str, data: dict) -> dict:
     """What a reader needs to repeat the comparison."""
 
     def git(*command):
@@ -356,6 +362,7 @@ def provenance(arms: dict[str, TrainConfig], device: str, data: dict) -> dict:
         "command": shlex.join(["python", "compare.py", *sys.argv[1:]]),
         "device": device,
         "versions": versions,
+        "data": source,
         "data_sha256": data,
         "git_revision": git("rev-parse", "HEAD"),
         "git_modified": None if changes is None else bool(changes),
@@ -430,7 +437,8 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
         return
     out_dir, first = Path(comparison.out_dir), next(iter(arms.values()))
     summaries, pairs = analyse(comparison, results)
-    origin = provenance(arms, find_place(first.device, "auto", distributed=False).name(), data_checksum(first.dataset))
+    source = read_meta(first.dataset)[1].get("source", first.dataset)
+    origin = provenance(arms, find_place(first.device, "auto", distributed=False).name(), source, data_checksum(first.dataset))
     origin["seconds_of_this_call"] = round(time.perf_counter() - began, 1)
     text = tables(comparison, summaries, pairs)
     draw_curves(out_dir / "curves.png", results)
@@ -438,6 +446,7 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     report = {"endpoint": comparison.endpoint, "arms": summaries, "pairs": pairs, "provenance": origin}
     write_file(out_dir / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     lines = [f"# {' against '.join(arms)}", "", text, "", "![validation loss](curves.png)", "![paired differences](paired.png)", ""]
+    lines += [f"Data: {origin['data']}. Losses on other data are not comparable.", ""]
     lines += [f"Endpoint: {ENDPOINTS[comparison.endpoint][0]}. Made by `{origin['command']}` on {origin['device']}, torch {torch.__version__},"]
     revision = f"revision {origin['git_revision'] or 'unknown'}{' with local changes' if origin['git_modified'] else ''}"
     lines += [f"{revision}, code sha256 {origin['code_sha256'][:12]}; configurations and every cell: report.json.", ""]

@@ -18,14 +18,19 @@ import io
 import os
 import re
 import runpy
+import signal
 import sys
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+try:
+    import tyro
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+except ModuleNotFoundError as error:
+    print(f"error: the package {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 
 class InputError(Exception):
@@ -48,7 +53,7 @@ class TrainConfig:
     log_interval: int = 1  # steps between two lines of the log
     eval_only: bool = False  # evaluate once and stop
     always_save_checkpoint: bool = True  # write last/ at every evaluation; False: only at the end and when interrupted
-    init_from: str = "scratch"  # scratch, resume, a checkpoint directory (OUT_DIR/best), nanoGPT's PATH/ckpt.pt, gpt2 (-medium, -large, -xl) or a transformers folder
+    init_from: str = "scratch"  # scratch, resume, OUT_DIR/best, nanoGPT's PATH/ckpt.pt, gpt2[-medium, -large, -xl], or a transformers folder
     wandb_log: bool = False  # log to Weights & Biases as well
     wandb_project: str = "graph-diffusion"  # project name there
     wandb_run_name: str = ""  # run name there; empty: out_dir
@@ -109,6 +114,8 @@ class TrainConfig:
             value = getattr(self, field.name)
             finite = not isinstance(value, float) or abs(value) < float("inf")
             need(finite, f"--{field.name}={value} must be a finite number")
+        tokens = self.batch_size * self.gradient_accumulation_steps * self.block_size
+        need(tokens < 2**31, f"--batch_size={self.batch_size} makes a step of {tokens:,} tokens: lower it (or accumulation, or --block_size)")
         need(0 <= self.dropout < 1, f"--dropout={self.dropout} must be in [0, 1)")
         need(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, f"--beta1={self.beta1} and --beta2={self.beta2} must be in [0, 1)")
         need(self.learning_rate > 0, f"--learning_rate={self.learning_rate} must be positive")
@@ -126,7 +133,8 @@ class TrainConfig:
             end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
             need(
                 self.warmup_iters < end or self.max_iters == 0,
-                f"--warmup_iters={self.warmup_iters} must be shorter than the schedule of {end} steps (lr_decay_iters, else max_iters)",
+                f"--warmup_iters={self.warmup_iters} must be shorter than the schedule of {end} steps (lr_decay_iters, else max_iters): "
+                f"add --warmup_iters={end // 10}",
             )
             if self.min_lr is not None:
                 need(0 <= self.min_lr <= self.learning_rate, f"--min_lr={self.min_lr} must lie between 0 and --learning_rate={self.learning_rate}")
@@ -304,8 +312,20 @@ def build(cls, files: list[str], options: list[tuple[str, str]]):
     return config.check() if hasattr(config, "check") else config
 
 
+def quit_on_interrupt():
+    """From here on Ctrl-C ends the process with one line and status 130, also while torch is being imported; train.py's loop has its own way."""
+
+    def leave(number, _):
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + number)  # files are written whole or not at all, so there is nothing to tidy up
+
+    signal.signal(signal.SIGINT, leave)
+
+
 def configure(cls, args: list[str] | None = None):
     """The command line of a script -> one checked, frozen `cls`. Prints the help and exits 0 for --help. Raises InputError."""
+    if args is None:
+        quit_on_interrupt()
     args = sys.argv[1:] if args is None else list(args)
     if "--help" in args or "-h" in args:
         _parse(cls, ["--help"], "")

@@ -52,7 +52,6 @@ class SampleConfig:
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt key answer at once
-    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))  # all that was made is printed, so there is nothing to tidy up
     with one_line_errors():
         command_line = configure(SampleConfig)
 

