@@ -1,0 +1,34 @@
+"""The README's numbers are those of the committed report, and what it names exists."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_shakespeare_table_is_the_committed_report():
+    report = json.loads((ROOT / "results" / "shakespeare_char" / "report.json").read_text())
+    assert report["provenance"]["command"] in README
+    for label, name in (("A", "shakespeare_char"), ("A − I", "shakespeare_char_laplacian")):
+        arm = report["arms"][name]
+        columns = (("best_val_loss", 4), ("val_loss", 4), ("best_step", 0))
+        cells = [f"{arm[key]['mean']:.{digits}f} ± {arm[key]['sd']:.{digits}f}" for key, digits in columns]
+        assert f"| {label} | {arm['n']} | {' | '.join(cells)} |" in README
+    pair = report["pairs"]["shakespeare_char_laplacian"]
+    best, last = ([pair[key]["mean"], *pair[key]["interval"]] for key in ("best", "last"))
+    numbers = [f"{value:.4f}".replace("-", "−") for value in best + last]
+    row = "| A − I against A, paired | {} | **{}, 95 % interval {} to {}** | {}, {} to {} | |".format(len(pair["seeds"]), *numbers)
+    assert row in README
+    assert f"sign-flip p = {pair['best']['sign_flip_p']:.3f}" in README
+    assert sum(difference > 0 for difference in pair["best"]["differences"]) == 1  # "one of the eight seeds goes the other way"
+
+
+def test_every_file_it_links_or_runs_exists():
+    links = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    scripts = re.findall(r"(?:config/|data/\w+/|python )([\w/]+\.py)", README)
+    assert len(links) > 15 and len(scripts) > 10
+    missing = [link for link in links if not (ROOT / link).exists()]
+    missing += [name for name in re.findall(r"(?:config|data)/[\w/]+\.py", README) if not (ROOT / name).is_file()]
+    assert missing == []
