@@ -34,6 +34,7 @@ import zlib
 from pathlib import Path
 
 from configurator import InputError
+from dataset import replace_files, sha256_of
 
 KIB, MIB = 1 << 10, 1 << 20
 BLOCK = MIB // 2  # bytes of raw documents that a worker gets at once, about
@@ -686,8 +687,6 @@ class Shards:
                 path.unlink()
 
     def _load(self, number: int) -> dict | None:
-        from dataset import sha256_of
-
         try:
             record = json.loads((self.folder / f"{number}.json").read_text())
             whole = all(sha256_of(self.folder / f"{number}.{kind}") == record[f"sha256_{kind}"] for kind in ("bin", "len"))
@@ -811,19 +810,10 @@ class Output:
 
 
 def publish(directory: Path, folder: Path, splits: dict, meta: dict):
-    """Moves SPLIT.bin from `folder` into `directory` and writes meta.json. Raises OSError.
-
-    meta.json, without which there is no data set, goes first and comes back last: a mixture of old and new files is never taken for one.
-    """
+    """Moves SPLIT.bin from `folder` into `directory`, with a meta.json. Raises InputError and OSError."""
     text = json.dumps({"kind": "tokens", "dtype": "uint16", **meta, "splits": splits}, indent=1, ensure_ascii=False)
     write_durably(folder / "meta.json", (text + "\n").encode())
-    names = [f"{name}.bin" for name in splits] + ["meta.json"]
-    for name in names:
-        if (directory / name).is_dir():
-            raise InputError(f"{directory / name} is a directory: move it away")
-    (directory / "meta.json").unlink(missing_ok=True)
-    for name in names:
-        os.replace(folder / name, directory / name)
+    replace_files(folder, directory, [*(f"{name}.bin" for name in splits), "meta.json"])
 
 
 def write_splits(directory: Path, splits: dict, meta: dict):

@@ -66,6 +66,19 @@ def write_file(path: Path, content: bytes):
             temporary.unlink()
 
 
+def replace_files(folder: Path, directory: Path, names: list[str] | tuple[str, ...]):
+    """Moves the complete files of a data set from `folder` into `directory`; meta.json is the last of `names`. Raises InputError and OSError.
+
+    meta.json, without which there is no data set, goes first and comes back last: a mixture of old and new files is never taken for one.
+    """
+    for name in names:
+        if (directory / name).is_dir():
+            raise InputError(f"{directory / name} is a directory: move it away")
+    (directory / "meta.json").unlink(missing_ok=True)
+    for name in names:
+        os.replace(folder / name, directory / name)
+
+
 def write_tokens(directory: Path, train: np.ndarray, val: np.ndarray, meta: dict):
     """Writes train.bin, val.bin and, last, meta.json. `meta` needs vocab_size (int) and tokenizer (dict, see Tokenizer)."""
     directory = Path(directory)

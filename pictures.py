@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import InputError
-from dataset import write_file
+from dataset import replace_files, write_file
 
 SPLITS = ("train", "val")
 FILES = (*(f"{split}.bin" for split in SPLITS), *(f"{split}_labels.bin" for split in SPLITS), "meta.json")
@@ -171,13 +171,8 @@ class PictureWriter:
                 **more,
             }
             write_file(self.folder / "meta.json", (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode())
-            for name in FILES:
-                if (self.directory / name).is_dir():
-                    raise InputError(f"{self.directory / name} is a directory: move it away")
         try:
-            (self.directory / "meta.json").unlink(missing_ok=True)
-            for name in FILES:
-                os.replace(self.folder / name, self.directory / name)
+            replace_files(self.folder, self.directory, FILES)
         except OSError as error:
             raise InputError(f"cannot put the files into {self.directory}: {error.strerror or error}; prepare again") from None
         return meta

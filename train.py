@@ -43,10 +43,9 @@ from place import Place, find_place, say, warn_if_long
 DROPOUT_STREAM = 2  # SeedSequence keys (seed, stream, step, rank): dataset.py's data order is stream 1
 EVAL_TOKENS = 8192  # tokens of a validation batch at least, however small the training batch is
 GRAPH_TOKENS = 65536  # tokens a step up to which launching kernels takes so long that a CUDA graph pays
-
-
+# keys that an exact continuation must not change
 CONTINUED = {"max_iters", "lr_decay_iters", "learning_rate", "min_lr", "decay_lr", "warmup_iters", "batch_size", "gradient_accumulation_steps"}
-CONTINUED |= {"weight_decay", "beta1", "beta2", "grad_clip", "dtype", "flip", "crop_pad"}  # keys that an exact continuation must not change
+CONTINUED |= {"weight_decay", "beta1", "beta2", "grad_clip", "dtype", "flip", "crop_pad"}
 
 
 class Diverged(Exception):

@@ -362,7 +362,7 @@ def test_failed_write_leaves_the_old_data_set(tmp_path, capsys, monkeypatch):
             raise OSError(5, "Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr(script.os, "replace", breaks_at_val)
+    monkeypatch.setattr(os, "replace", breaks_at_val)
     assert "Input/output error" in refused(capsys, f"--source={new}", f"--out_dir={out}")
     assert set(files_in(out)) == FILES - {"meta.json"}
 

@@ -27,7 +27,6 @@ input.txt is always the text of the other files; a text of your own there is not
 import hashlib
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -290,24 +289,17 @@ def check_kept(directory: Path, new_sha256: str):
 def write(directory: Path, content: bytes, train, val, meta: dict):
     """Puts the four files into `directory`. Raises InputError.
 
-    All are written in a folder beside them first, so that a full disk changes nothing. meta.json, without which there is no data set, goes
-    first and comes back last: a mixture of old and new files is never taken for a data set.
+    All are written in a folder beside them first, so that a full disk changes nothing.
     """
-    from dataset import write_file, write_tokens
+    from dataset import replace_files, write_file, write_tokens
 
     folder = None
-    names = ("train.bin", "val.bin", "input.txt", "meta.json")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".prepare.", suffix=".tmp", dir=directory))
         write_tokens(folder, train, val, meta)
         write_file(folder / "input.txt", content)
-        for name in names:
-            if (directory / name).is_dir():
-                raise InputError(f"{directory / name} is a directory: move it away")
-        (directory / "meta.json").unlink(missing_ok=True)
-        for name in names:
-            os.replace(folder / name, directory / name)
+        replace_files(folder, directory, ("train.bin", "val.bin", "input.txt", "meta.json"))
     except OSError as error:
         raise InputError(f"cannot write in {directory}: {error.strerror or error}") from None
     finally:
