@@ -3,7 +3,9 @@
     python bench.py --what=train --model=quick --arms=A,A-I
     python bench.py --what=train --model=gpt2 --batch_size=64 --profile=True
     python bench.py --what=sample --model=shakespeare_char
+    python bench.py --what=train --model=quick --arms=plain,A,A-I
     python bench.py --what=startup --model=quick
+    python bench.py --what=loader --model=gpt2 --dataset=openwebtext
 
 The arms take turns (A, A - I, A, A - I, ...), so that a machine whose speed drifts drifts under both; a row states the median over rounds with
 the quartiles, and the ratio to the first arm is the median of the rounds' own ratios. Building, compiling and two warm-up turns are not counted.
@@ -17,16 +19,16 @@ from dataclasses import dataclass
 from configurator import InputError, TrainConfig, configure, one_line_errors
 from configurator import build as build_config
 
-ARMS = {"A": [], "A-I": [("diffusion", "True")]}  # an arm's name -> its options
+ARMS = {"A": [], "A-I": [("diffusion", "True")], "plain": []}  # an arm's name -> its options; plain is A in nanoGPT's way, see `plain`
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     """Speed of training, evaluation, sampling and start-up: python bench.py [--key=value ...]"""
 
-    what: str = "train"  # train, eval, sample or startup
+    what: str = "train"  # train, eval, sample, startup, or loader: drawn batches against a fixed one
     model: str = "quick"  # a recipe: config/MODEL.py
-    arms: str = "A,A-I"  # comma-separated, of A and A-I; the first is what the others are compared with
+    arms: str = "A,A-I"  # comma-separated, of A, A-I and plain (a loop without what this one does for speed); the others are compared with the first
     batch_size: int = 0  # sequences per step in one batch; 0: the recipe's batch and accumulation
     dataset: str = ""  # empty: the recipe's, or random data of its kind where that is not prepared
     rounds: int = 10  # turns of each arm that are counted
@@ -36,15 +38,18 @@ class BenchConfig:
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     compile: bool | None = None  # None: on CUDA
     out: str = ""  # a JSON file for the figures
+    transformers: bool = False  # sample: transformers' generate with its cache as well
     profile: bool = False  # train: a table of the kernels that take most time, per arm
 
     def check(self) -> "BenchConfig":
         """Raises InputError for a value out of range; returns self."""
-        if self.what not in ("train", "eval", "sample", "startup"):
-            raise InputError(f"--what={self.what} must be train, eval, sample or startup")
+        if self.what not in ("train", "eval", "sample", "startup", "loader"):
+            raise InputError(f"--what={self.what} must be train, eval, sample, startup or loader")
         for arm in self.arms.split(","):
             if arm not in ARMS:
                 raise InputError(f"--arms={self.arms}: {arm!r} is none of {', '.join(ARMS)}")
+        if "plain" in self.arms.split(",") and self.what != "train":
+            raise InputError(f"--arms={self.arms}: plain is a training loop, for --what=train alone")
         for key, low in (("rounds", 1), ("tokens", 1), ("batch_size", 0), ("steps", 0)):
             if getattr(self, key) < low:
                 raise InputError(f"--{key}={getattr(self, key)} must be at least {low}")
@@ -61,17 +66,19 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from tabulate import tabulate
 
-from dataset import ROOT, directory_of, write_file, write_tokens
+from dataset import ROOT, directory_of, load, write_file, write_tokens
 from model import GPT
+from optimizer import learning_rate, set_learning_rate
 from pictures import PictureWriter
-from place import find_place, say
+from place import Place, find_place, say
 from sample import generate
-from train import build
+from train import build, make_model
 
 CLOCK = time.perf_counter
 
@@ -138,6 +145,72 @@ def spread(values) -> dict:
     return {"median": float(middle), "quartiles": [float(low), float(high)]}
 
 
+class Plain(NamedTuple):
+    """A training loop in nanoGPT's way, as a yardstick in the same run; the parts of a train.Program that the benchmark reads."""
+
+    config: TrainConfig
+    model: GPT
+    tokens: int
+    step: Callable
+    mode: str
+
+
+def plain(config: TrainConfig, place: Place) -> Plain:
+    """Sequences sliced one by one from the memory-mapped file, compiled where that is the default, the logits returned, AdamW as torch has it."""
+    tokens, T, B = np.memmap(directory_of(config.dataset) / "train.bin", dtype=np.uint16, mode="r"), config.block_size, config.batch_size
+    model = make_model(config, load(config, torch.device("cpu")))
+    if not isinstance(model, GPT):
+        raise InputError(f"--arms: plain is a loop for text, and --model of {config.dataset} is for pictures")
+    model = model.to(place.device)
+    cuda = place.device.type == "cuda"
+    compiled = cuda if config.compile is None else config.compile
+    network = torch.compile(model) if compiled else model
+    groups = [
+        {"params": [p for p in model.parameters() if (p.dim() >= 2) == decays], "weight_decay": config.weight_decay * decays} for decays in (1, 0)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=cuda)
+
+    def batch():
+        starts = torch.randint(len(tokens) - T, (B,)).tolist()
+        x, y = (torch.stack([torch.from_numpy(tokens[s + shift : s + shift + T].astype(np.int64)) for s in starts]) for shift in (0, 1))
+        return [t.pin_memory().to(place.device, non_blocking=True) if cuda else t.to(place.device) for t in (x, y)]
+
+    prefetched = [batch()]
+
+    def step(seed: int, i: int):
+        set_learning_rate(optimizer, learning_rate(config, i))
+        for _ in range(config.gradient_accumulation_steps):
+            with place.autocast():
+                _, loss = network(*prefetched.pop())
+            prefetched.append(batch())
+            (loss / config.gradient_accumulation_steps).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Plain(config, model, B * T * config.gradient_accumulation_steps, step, "compiled" if compiled else "eager")
+
+
+class FixedBatch:
+    """A data set whose every batch is the first one, already on the device: what a training step costs without its loader."""
+
+    def __init__(self, data):
+        self.data, self.kept = data, {}
+
+    def __getattr__(self, name):
+        return getattr(self.data, name)
+
+    def draw(self, seed, step, rows):
+        if rows not in self.kept:
+            self.kept[rows] = self.data.draw(0, 0, rows)
+        return self.kept[rows]
+
+    def batch(self, drawn):
+        if ("batch", len(drawn)) not in self.kept:
+            self.kept["batch", len(drawn)] = self.data.batch(drawn)
+        return self.kept["batch", len(drawn)]
+
+
 def programs(bench: BenchConfig, folder: Path) -> tuple[dict, dict, object]:
     """{arm: program}, {arm: GiB at its peak while it was the only new one}, the place."""
     built, memory = {}, {}
@@ -147,11 +220,13 @@ def programs(bench: BenchConfig, folder: Path) -> tuple[dict, dict, object]:
         before = torch.cuda.memory_allocated() if place.device.type == "cuda" else 0
         if place.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        built[arm] = build(config, place)
-        built[arm].model.init_weights(0)
-        built[arm].step(0, 0)
-        synchronize(place.device)
-        memory[arm] = (torch.cuda.max_memory_allocated() - before) / 2**30 if place.device.type == "cuda" else None
+        data = load(config, place.device)
+        for name, source in ((f"{arm}, a fixed batch", FixedBatch(data)), (arm, data)) if bench.what == "loader" else ((arm, data),):
+            built[name] = plain(config, place) if arm == "plain" else build(config, place, source)
+            built[name].model.init_weights(0)
+            built[name].step(0, 0)
+            synchronize(place.device)
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30 if place.device.type == "cuda" else None
     return built, memory, place
 
 
@@ -162,7 +237,7 @@ def bench_train_or_eval(bench: BenchConfig, folder: Path) -> tuple[list[dict], o
 
     def work(program, count):
         for i in range(count):
-            program.step(0, i) if bench.what == "train" else program.evaluate()
+            program.evaluate() if bench.what == "eval" else program.step(0, i)
 
     def steps_of_half_a_second():
         work(first, 2)
@@ -181,7 +256,7 @@ def bench_train_or_eval(bench: BenchConfig, folder: Path) -> tuple[list[dict], o
         if bench.what == "eval":
             tokens = sum(n for *_, n in program.data.validation(program.config.batch_size, program.config.eval_tokens))
             tokens *= 1 if isinstance(program.model, GPT) else program.data.block_size
-        flops = program.model.flops_per_token() * (1 if bench.what == "train" else 1 / 3)
+        flops = program.model.flops_per_token() * (1 / 3 if bench.what == "eval" else 1)
         ms = spread([1e3 * value / count for value in seconds[arm]])
         rate = tokens / ms["median"] * 1e3
         ratio = spread(np.array(seconds[arm]) / np.array(seconds[next(iter(built))]))
@@ -206,7 +281,7 @@ def profile(program, device: torch.device) -> str:
 
 def bench_sample(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]:
     """Batch 1: sample.generate with its cache against a loop that reads the whole context for every token, random weights, greedy."""
-    turns, places = {}, {}
+    turns = {}
     for arm in bench.arms.split(","):
         config = recipe(bench, arm, folder)
         place = find_place(config.device, config.dtype, distributed=False)
@@ -230,7 +305,8 @@ def bench_sample(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]:
                 tokens = torch.cat((tokens, model(tokens[:, -context:])[0][:, -1].argmax(-1, keepdim=True)), dim=1)
 
         turns |= {f"{arm}, no cache": plain, arm: cached}
-        places[arm] = place
+        if bench.transformers and arm == "A":
+            turns["A, transformers"] = transformers_generate(model, prompt, bench.tokens)
     seconds = take_turns(turns, bench.rounds, place.device)
     base = np.array(seconds[next(iter(turns))])
     rows = []
@@ -238,6 +314,25 @@ def bench_sample(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]:
         ms = spread([1e3 * value / bench.tokens for value in values])
         rows.append({"arm": name, "ms": ms, "tokens_per_s": 1e3 / ms["median"], "ratio": spread(np.array(values) / base)})
     return rows, place
+
+
+def transformers_generate(model: GPT, prompt: list[int], tokens: int) -> Callable:
+    """The same decoding by transformers' GPT-2 of the same sizes with its cache, greedy; random weights."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise InputError("--transformers=True needs the package transformers: pip install -r requirements-hf.txt") from None
+    c, weight = model.config, model.transformer.wte.weight
+    sizes = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "vocab_size": c.vocab_size, "n_positions": c.block_size}
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=None, bos_token_id=None)).eval().to(weight.device, weight.dtype)
+    ids = torch.tensor([prompt], device=weight.device)
+
+    @torch.inference_mode()
+    def run():
+        made = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, use_cache=True, pad_token_id=0)
+        assert made.size(1) == len(prompt) + tokens
+
+    return run
 
 
 def bench_startup(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]:
@@ -268,7 +363,7 @@ def bench_startup(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]
 def main(bench: BenchConfig):
     """Runs one benchmark, prints its table and writes --out. Raises InputError."""
     with tempfile.TemporaryDirectory() as folder:
-        function = {"train": bench_train_or_eval, "eval": bench_train_or_eval, "sample": bench_sample, "startup": bench_startup}[bench.what]
+        function = {"sample": bench_sample, "startup": bench_startup}.get(bench.what, bench_train_or_eval)
         rows, place = function(bench, Path(folder))
     lines = []
     for row in rows:
@@ -278,7 +373,7 @@ def main(bench: BenchConfig):
         cells += [f"{row['tflops']:.2f}" if "tflops" in row else "-", f"{row['mfu']:.1%}" if row.get("mfu") else "-"]
         cells += [f"{row['peak_gib']:.2f}" if row.get("peak_gib") else "-", f"{ratio['median']:.3f}" if ratio else "-"]
         lines.append(cells)
-    unit = {"train": "ms a step", "eval": "ms an evaluation", "sample": "ms a token", "startup": "ms"}[bench.what]
+    unit = {"train": "ms a step", "loader": "ms a step", "eval": "ms an evaluation", "sample": "ms a token", "startup": "ms"}[bench.what]
     headers = ["arm", unit, "quartiles", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "ratio"]
     how = f"{place.name()}, {place.dtype}, {rows[0].get('mode', 'eager')}"
     print(f"{bench.what}, {bench.model}, {how}, {bench.rounds} rounds, torch {torch.__version__}\n")

@@ -77,19 +77,26 @@ def attention_reference(q, k, v, causal=True, diffusion=False, alpha=1.0, lam=1.
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, for decoding one token at a time. `length` counts them."""
+    """Keys and values of the tokens read so far, for decoding one token at a time. `length` counts them; GPT.forward moves it."""
 
     def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
         shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.entries = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
+    def positions(self, T: int):
+        """Positions of the next T tokens, (T,) int64."""
+        return torch.arange(self.length, self.length + T, device=self.entries.device)
+
     def extend(self, layer: int, k, v):
-        """Appends (B, H, T, d) keys and values of one layer; returns all of them, (B, H, length + T, d). GPT.forward moves `length`."""
-        end = self.length + k.size(2)
+        """Appends (B, H, T, d) keys and values of one layer. Returns all of them, (B, H, length + T, d), and SDPA's attn_mask and is_causal."""
+        T, end = k.size(2), self.length + k.size(2)
         self.entries[layer, 0, :, :, self.length : end] = k
         self.entries[layer, 1, :, :, self.length : end] = v
-        return self.entries[layer, 0, :, :, :end], self.entries[layer, 1, :, :, :end]
+        mask = None
+        if self.length > 0 and T > 1:  # SDPA's own causal mask assumes that the first query is the first key
+            mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(self.length)
+        return self.entries[layer, 0, :, :, :end], self.entries[layer, 1, :, :, :end], mask, self.length == 0
 
 
 class CausalSelfAttention(nn.Module):
@@ -108,13 +115,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache: KVCache | None = None):
         B, T, C = x.size()
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, d)
-        keys, values, mask, causal = k, v, None, self.causal
-        if cache is not None:
-            past = cache.length
-            keys, values = cache.extend(self.layer, k, v)
-            if past > 0:  # SDPA's own causal mask assumes that the first query is the first key
-                causal = False
-                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if T > 1 else None
+        keys, values, mask, causal = (k, v, None, self.causal) if cache is None else cache.extend(self.layer, k, v)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=causal)
         y = diffuse(y, v, self.alpha, self.lam, self.diffusing_heads)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -247,13 +248,16 @@ class GPT(Network):
         T = idx.size(1)
         if past + T > self.config.block_size:
             raise ValueError(f"context of {past + T} tokens is longer than block_size {self.config.block_size}")
-        positions = torch.arange(past, past + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
+        wpe = self.transformer.wpe
+        x = self.transformer.drop(self.transformer.wte(idx) + (wpe.weight[:T] if cache is None else wpe(cache.positions(T))))  # (B, T, C)
         for block in self.transformer.h:
             x = block(x, cache)
         if cache is not None:
             cache.length += T
-        x = self.transformer.ln_f(x)
+        return self.output(self.transformer.ln_f(x), targets)
+
+    def output(self, x, targets=None):
+        """Output layer and loss: (B, T, C) -> what `forward` returns."""
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)  # (B, T, vocab_size)

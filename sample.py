@@ -70,22 +70,78 @@ from place import find_place
 SAMPLE_STREAM = 3  # SeedSequence keys (seed, stream, sample): dataset.py's data order is stream 1, train.py's dropout is stream 2
 
 
-def choose(logits, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """Draws an index of `logits` (V,), on the CPU, from softmax(logits / temperature) over the top_k largest (0: all). Temperature 0: the largest.
+def candidates(logits, temperature: float, top_k: int):
+    """The logits (V,) that may be drawn and their indices as one (2, k) float64 tensor on their device: all that must come to the CPU.
+
+    k is top_k, 1 for temperature 0, and V for top_k = 0.
+    """
+    k = 1 if temperature == 0 else min(top_k or len(logits), len(logits))
+    values, indices = logits.topk(k) if k < len(logits) else (logits, torch.arange(k, device=logits.device))
+    return torch.stack((values.double(), indices.double()))
+
+
+def choose(candidates, temperature: float, generator: torch.Generator) -> int:
+    """Draws from softmax(logits / temperature) over `candidates` (2, k), on the CPU in float64, or takes the largest for temperature 0.
 
     Raises InputError when the logits are not finite, as those of a run that diverged.
     """
+    logits, indices = candidates.cpu()
     top = float(logits.max())
     if not math.isfinite(top):
         raise InputError(f"the model's largest logit is {top}: the weights are of a run that diverged, choose another checkpoint")
-    if temperature == 0 or top_k == 1:
-        return int(logits.argmax())
-    kept = None
-    if 0 < top_k < len(logits):
-        logits, kept = logits.topk(top_k)
+    if len(logits) == 1:
+        return int(indices[0])
     probabilities = torch.softmax((logits - top) / temperature, dim=0)  # 0 at most, so that a tiny temperature cannot overflow
-    drawn = int(torch.multinomial(probabilities, 1, generator=generator))
-    return drawn if kept is None else int(kept[drawn])
+    return int(indices[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+class StaticCache(KVCache):
+    """A cache whose next position is in a tensor, so that reading one token is the same work whatever came before: one CUDA graph."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.entries.device)
+        self.span = torch.arange(self.entries.size(-2), device=self.entries.device)
+
+    def positions(self, T: int):
+        return self.position if T == 1 else super().positions(T)
+
+    def extend(self, layer: int, k, v):
+        if k.size(2) > 1:
+            return super().extend(layer, k, v)
+        keys, values = self.entries[layer]
+        keys.index_copy_(2, self.position, k)
+        values.index_copy_(2, self.position, v)
+        return keys, values, (self.span <= self.position)[None], False
+
+
+def one_token_graph(model: GPT, cache: StaticCache, finish):
+    """Captures model(token, cache) -> finish(logits) for batch 1 as a CUDA graph. Returns read(token) -> `finish`'s tensor, overwritten each time."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=cache.position.device)
+
+    def forward():
+        result = finish(model(token, cache=cache)[0][0, 0])
+        cache.length -= 1  # counted by read
+        return result
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        forward()
+        forward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = forward()
+
+    def read(value: int):
+        token.fill_(value)
+        cache.position.fill_(cache.length)
+        cache.length += 1
+        graph.replay()
+        return result
+
+    return read
 
 
 @torch.inference_mode()
@@ -93,18 +149,28 @@ def generate(model: GPT, prompt_ids, max_new_tokens: int, temperature: float, to
     """Yields max_new_tokens token ids after prompt_ids (one at least; the last block_size of them are read), with a cache (see the top of the file).
 
     The ids are below vocabulary_size: rows of the table beyond the tokenizer's are padding and never drawn. Drawing is on the CPU in float64,
-    whatever the model's device, so `generator` is a CPU generator. The model must be in eval mode. Raises InputError for logits not finite.
+    whatever the model's device, so `generator` is a CPU generator. The model must be in eval mode. On CUDA one token is one CUDA graph. Raises
+    InputError for logits not finite.
     """
     block_size, weight = model.config.block_size, model.transformer.wte.weight
-    cache = KVCache(model.config, 1, weight.device, weight.dtype)
+    graphed = weight.device.type == "cuda" and max_new_tokens > 1
+    cache = (StaticCache if graphed else KVCache)(model.config, 1, weight.device, weight.dtype)
+
+    def finish(logits):
+        return candidates(logits[:vocabulary_size], temperature, top_k)
+
+    read_one = one_token_graph(model, cache, finish) if graphed else None
     context = list(prompt_ids)[-block_size:]  # what the cache holds, and the tokens still to read
     unread = context
     for _ in range(max_new_tokens):
         if len(context) > block_size:
             context = unread = context[-max(1, block_size // 2) :]
             cache.length = 0
-        logits, _ = model(torch.tensor([unread], device=weight.device), cache=cache)  # (1, 1, vocab_size)
-        token = choose(logits[0, 0, :vocabulary_size].cpu().double(), temperature, top_k, generator)
+        if graphed and len(unread) == 1:
+            drawable = read_one(unread[0])
+        else:
+            drawable = finish(model(torch.tensor([unread], device=weight.device), cache=cache)[0][0, 0])  # logits (1, 1, vocab_size)
+        token = choose(drawable, temperature, generator)
         yield token
         context.append(token)
         unread = [token]

@@ -96,14 +96,18 @@ def make_model(config: TrainConfig, data: Tokens | Pictures) -> GPT | ViT:
     return (ViT if kind is ViTConfig else GPT)(kind(**shared, **sizes))
 
 
-def build(config: TrainConfig, place: Place) -> Program:
-    """Data, model, optimizer, and the step compiled as far as the machine allows. Raises InputError for unusable data or keys."""
+def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = None) -> Program:
+    """Data (unless given), model, optimizer, and the step compiled as far as the machine allows. Raises InputError for unusable data or keys."""
     config, weights = checkpoint.starting_weights(config)
-    data = load(config, place.device)
+    data = data or load(config, place.device)
     model = make_model(config, data).to(place.device)
     compiled = place.device.type == "cuda" if config.compile is None else config.compile
     if place.device.type == "cpu" and not compiled:  # the compiler has its own way to such products
         onednn.accelerate(model)
+    if place.device.type == "cuda" and compiled and place.dtype != torch.float32:
+        import fused  # needs Triton, which torch brings along on CUDA alone
+
+        fused.accelerate(model)
     # The global batch has the same rows for any number of processes; this one takes its share, in micro-batches of at most batch_size rows.
     rows = config.batch_size * config.gradient_accumulation_steps
     network = distribute(model, config.parallel, place, rows, compiled)
@@ -158,7 +162,7 @@ def build(config: TrainConfig, place: Place) -> Program:
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             warnings.warn(f"torch.compile FAILED here; going on without it, slower: {reason}", stacklevel=2)
-            return build(dataclasses.replace(config, compile=False, cuda_graph=False), place)
+            return build(dataclasses.replace(config, compile=False, cuda_graph=False), place, data)
     if graphed:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

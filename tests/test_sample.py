@@ -21,7 +21,7 @@ import sample
 import train
 from configurator import InputError, TrainConfig, configure
 from model import GPT, GPTConfig, ViT, ViTConfig
-from sample import SampleConfig, choose, generate
+from sample import SampleConfig, StaticCache, candidates, choose, generate
 
 ROOT = Path(__file__).resolve().parents[1]
 CHARACTERS = "\nabcdefghé"
@@ -63,6 +63,10 @@ def text_of(capsys, **keys) -> str:
     return capsys.readouterr().out
 
 
+def drawn(logits, temperature, top_k, generator):
+    return choose(candidates(logits, temperature, top_k), temperature, generator)
+
+
 def greedy(model, prompt, count, **changes):
     arguments = {"temperature": 0.0, "top_k": 0, "generator": torch.Generator(), "vocabulary_size": model.config.vocab_size}
     return list(generate(model, prompt, count, **arguments | changes))
@@ -72,6 +76,31 @@ def greedy(model, prompt, count, **changes):
 # generate: the cache
 
 
+@pytest.mark.parametrize("arm", [{}, {"diffusion": True}, {"diffusion": True, "diffusion_heads": (1,), "diffusion_alpha": 0.5}])
+@torch.no_grad()
+def test_one_token_into_the_cache_of_the_cuda_graph_equals_a_full_pass(arm):
+    model = GPT(GPTConfig(block_size=12, vocab_size=20, n_layer=2, n_head=2, n_embd=8, **arm)).double().eval()
+    torch.nn.init.normal_(model.transformer.wte.weight)
+    cache = StaticCache(model.config, 1, torch.device("cpu"), torch.float64)
+    cache.entries.fill_(7.0)  # left by whatever was read before
+    tokens = torch.arange(12)[None] % 7
+    model(tokens[:, :5], cache=cache)
+    for i in range(5, 12):
+        cache.position.fill_(i)
+        logits, _ = model(tokens[:, i : i + 1], cache=cache)
+        torch.testing.assert_close(logits, model(tokens[:, : i + 1])[0], rtol=0, atol=1e-12)
+    assert cache.length == 12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("arm", [{}, {"diffusion": True}])
+def test_generation_by_cuda_graph_equals_the_cpu(arm):
+    model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=16, **arm)).eval()
+    torch.nn.init.normal_(model.transformer.wte.weight)
+    expected = greedy(model, [1, 2, 3], 80)
+    assert greedy(model.cuda(), [1, 2, 3], 80) == expected
+
+
 @torch.no_grad()
 def plain(model, prompt, count, temperature, generator):
     """No cache: everything is read again for each token. A window that has grown beyond block_size falls back to its last half."""
@@ -79,7 +108,7 @@ def plain(model, prompt, count, temperature, generator):
     for _ in range(count):
         if len(context) > model.config.block_size:
             context = context[len(context) - model.config.block_size // 2 :]
-        tokens.append(choose(model(torch.tensor([context]))[0][0, -1], temperature, 0, generator))
+        tokens.append(drawn(model(torch.tensor([context]))[0][0, -1], temperature, 0, generator))
         context.append(tokens[-1])
     return tokens
 
@@ -131,7 +160,7 @@ def test_top_k_1_is_greedy_and_a_large_top_k_is_all():
 
     assert seeded(temperature=1.5, top_k=1) == seeded(temperature=0.0) != seeded(temperature=1.5, top_k=2)
     ties = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
-    assert choose(ties, 1.0, 1, torch.Generator()) == choose(ties, 0.0, 0, torch.Generator()), "of equal logits both take the same"
+    assert drawn(ties, 1.0, 1, torch.Generator()) == drawn(ties, 0.0, 0, torch.Generator()), "of equal logits both take the same"
     assert seeded(temperature=1.5, top_k=10) == seeded(temperature=1.5, top_k=0) == seeded(temperature=1.5, top_k=200)
 
 
@@ -157,7 +186,7 @@ LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.0, 1.9], dtype=torch.float64)
 def p_value(temperature, top_k, expected) -> float:
     """Of the chi-square test of 20,000 draws against the probabilities `expected`; 0 when an impossible one was drawn."""
     generator = torch.Generator().manual_seed(11)
-    counts = np.bincount([choose(LOGITS, temperature, top_k, generator) for _ in range(20_000)], minlength=6)
+    counts = np.bincount([drawn(LOGITS, temperature, top_k, generator) for _ in range(20_000)], minlength=6)
     possible = expected > 0
     return stats.chisquare(counts[possible], 20_000 * expected[possible]).pvalue if counts[~possible].sum() == 0 else 0.0
 
@@ -185,14 +214,14 @@ def test_draws_follow_softmax(temperature, top_k, expected, wrong):
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-3])
 def test_towards_zero_the_draws_become_the_largest(temperature):
     generator = torch.Generator().manual_seed(1)
-    assert {choose(1e3 * LOGITS, temperature, top_k, generator) for top_k in (0, 3) for _ in range(50)} == {1}
+    assert {drawn(1e3 * LOGITS, temperature, top_k, generator) for top_k in (0, 3) for _ in range(50)} == {1}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_of_a_diverged_run_are_named(bad, temperature):
     with pytest.raises(InputError, match=f"largest logit is {bad}.*diverged"):
-        choose(torch.tensor([0.0, bad, 1.0]), temperature, 2, torch.Generator())
+        drawn(torch.tensor([0.0, bad, 1.0]), temperature, 2, torch.Generator())
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
