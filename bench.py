@@ -6,6 +6,7 @@
     python bench.py --what=train --model=quick --arms=plain,A,A-I
     python bench.py --what=startup --model=quick
     python bench.py --what=loader --model=gpt2 --dataset=openwebtext
+    torchrun --standalone --nproc_per_node=2 bench.py --what=ddp --model=gpt2 --batch_size=64
 
 The arms take turns (A, A - I, A, A - I, ...), so that a machine whose speed drifts drifts under both; a row states the median over rounds with
 the quartiles, and the ratio to the first arm is the median of the rounds' own ratios. Building, compiling and two warm-up turns are not counted.
@@ -13,6 +14,7 @@ Absolute times hold for one machine at one time: compare ratios within one run.
 """
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass
 
@@ -26,10 +28,10 @@ ARMS = {"A": [], "A-I": [("diffusion", "True")], "plain": []}  # an arm's name -
 class BenchConfig:
     """Speed of training, evaluation, sampling and start-up: python bench.py [--key=value ...]"""
 
-    what: str = "train"  # train, eval, sample, startup, or loader: drawn batches against a fixed one
+    what: str = "train"  # train, eval, sample, startup, loader (drawn batches against a fixed one), ddp (all processes of torchrun against one)
     model: str = "quick"  # a recipe: config/MODEL.py
     arms: str = "A,A-I"  # comma-separated, of A, A-I and plain (a loop without what this one does for speed); the others are compared with the first
-    batch_size: int = 0  # sequences per step in one batch; 0: the recipe's batch and accumulation
+    batch_size: int = 0  # sequences per step in one batch, of each process; 0: the recipe's batch and accumulation
     dataset: str = ""  # empty: the recipe's, or random data of its kind where that is not prepared
     rounds: int = 10  # turns of each arm that are counted
     steps: int = 0  # optimizer steps or evaluations per turn; 0: as many as take about half a second
@@ -43,8 +45,10 @@ class BenchConfig:
 
     def check(self) -> "BenchConfig":
         """Raises InputError for a value out of range; returns self."""
-        if self.what not in ("train", "eval", "sample", "startup", "loader"):
-            raise InputError(f"--what={self.what} must be train, eval, sample, startup or loader")
+        if self.what not in ("train", "eval", "sample", "startup", "loader", "ddp"):
+            raise InputError(f"--what={self.what} must be train, eval, sample, startup, loader or ddp")
+        if self.what == "ddp" and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+            raise InputError("--what=ddp needs several processes: torchrun --standalone --nproc_per_node=2 bench.py --what=ddp ...")
         for arm in self.arms.split(","):
             if arm not in ARMS:
                 raise InputError(f"--arms={self.arms}: {arm!r} is none of {', '.join(ARMS)}")
@@ -70,11 +74,13 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tabulate import tabulate
 
 from dataset import ROOT, directory_of, load, write_file, write_tokens
 from model import GPT
 from optimizer import learning_rate, set_learning_rate
+from parallel import gather
 from pictures import PictureWriter
 from place import Place, find_place, say
 from sample import generate
@@ -118,11 +124,13 @@ def random_data(folder: Path, config: TrainConfig) -> Path:
 
 
 def synchronize(device: torch.device):
-    """Waits for the device, so that the clock sees finished work."""
+    """Waits for the device and the other processes, so that the clock sees finished work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def take_turns(turns: dict, rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -149,6 +157,7 @@ class Plain(NamedTuple):
     """A training loop in nanoGPT's way, as a yardstick in the same run; the parts of a train.Program that the benchmark reads."""
 
     config: TrainConfig
+    place: Place
     model: GPT
     tokens: int
     step: Callable
@@ -188,7 +197,7 @@ def plain(config: TrainConfig, place: Place) -> Plain:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Plain(config, model, B * T * config.gradient_accumulation_steps, step, "compiled" if compiled else "eager")
+    return Plain(config, place, model, B * T * config.gradient_accumulation_steps, step, "compiled" if compiled else "eager")
 
 
 class FixedBatch:
@@ -211,22 +220,30 @@ class FixedBatch:
         return self.kept["batch", len(drawn)]
 
 
-def programs(bench: BenchConfig, folder: Path) -> tuple[dict, dict, object]:
-    """{arm: program}, {arm: GiB at its peak while it was the only new one}, the place."""
+def programs(bench: BenchConfig, folder: Path) -> tuple[dict, dict, Place]:
+    """{name: program}, {name: GiB at its peak while it was the only new one}, the place. A name is an arm's, with what else is compared."""
     built, memory = {}, {}
     for arm in bench.arms.split(","):
         config = recipe(bench, arm, folder)
-        place = find_place(config.device, config.dtype, distributed=False)
-        before = torch.cuda.memory_allocated() if place.device.type == "cuda" else 0
-        if place.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        data = load(config, place.device)
-        for name, source in ((f"{arm}, a fixed batch", FixedBatch(data)), (arm, data)) if bench.what == "loader" else ((arm, data),):
-            built[name] = plain(config, place) if arm == "plain" else build(config, place, source)
+        alone = find_place(config.device, config.dtype, distributed=False)
+        data = load(config, alone.device)
+        variants = {arm: (config, alone, data)}
+        if bench.what == "loader":
+            variants = {f"{arm}, a fixed batch": (config, alone, FixedBatch(data)), **variants}
+        if bench.what == "ddp":
+            together = find_place(config.device, config.dtype)
+            rows = dataclasses.replace(config, gradient_accumulation_steps=config.gradient_accumulation_steps * together.world)
+            variants = {f"{arm}, alone": (config, alone, data), f"{arm}, {together.world} processes": (rows, together, data)}
+        cuda = alone.device.type == "cuda"
+        for name, (config, place, data) in variants.items():
+            before = torch.cuda.memory_allocated() if cuda else 0
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            built[name] = plain(config, place) if arm == "plain" else build(config, place, data)
             built[name].model.init_weights(0)
             built[name].step(0, 0)
             synchronize(place.device)
-            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30 if place.device.type == "cuda" else None
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
     return built, memory, place
 
 
@@ -247,7 +264,7 @@ def bench_train_or_eval(bench: BenchConfig, folder: Path) -> tuple[list[dict], o
         synchronize(place.device)
         return max(1, round(0.5 / ((CLOCK() - start) / 2)))
 
-    count = bench.steps or steps_of_half_a_second()
+    count = bench.steps or gather(steps_of_half_a_second(), place)[0]
     turns = {arm: (lambda program=program: work(program, count)) for arm, program in built.items()}
     seconds = take_turns(turns, bench.rounds, place.device)
     rows = []
@@ -260,7 +277,10 @@ def bench_train_or_eval(bench: BenchConfig, folder: Path) -> tuple[list[dict], o
         ms = spread([1e3 * value / count for value in seconds[arm]])
         rate = tokens / ms["median"] * 1e3
         ratio = spread(np.array(seconds[arm]) / np.array(seconds[next(iter(built))]))
-        row = {"arm": arm, "ms": ms, "tokens_per_s": rate, "tflops": rate * flops / 1e12, "mfu": rate * flops / place.peak if place.peak else None}
+        if bench.what == "ddp":  # the same work for each process: its time alone by its time with the others is the scaling efficiency
+            ratio = spread(np.array(seconds[arm.partition(",")[0] + ", alone"]) / np.array(seconds[arm]))
+        peak = place.peak and place.peak * program.place.world
+        row = {"arm": arm, "ms": ms, "tokens_per_s": rate, "tflops": rate * flops / 1e12, "mfu": rate * flops / peak if peak else None}
         rows.append(row | {"peak_gib": memory[arm], "ratio": ratio, "mode": program.mode, "turn": f"{count} per turn"})
         if bench.profile and bench.what == "train":
             rows[-1]["profile"] = profile(program, place.device)
@@ -365,6 +385,8 @@ def main(bench: BenchConfig):
     with tempfile.TemporaryDirectory() as folder:
         function = {"sample": bench_sample, "startup": bench_startup}.get(bench.what, bench_train_or_eval)
         rows, place = function(bench, Path(folder))
+    if place.rank > 0:
+        return
     lines = []
     for row in rows:
         (low, high), ratio = row["ms"]["quartiles"], row["ratio"]
@@ -373,8 +395,8 @@ def main(bench: BenchConfig):
         cells += [f"{row['tflops']:.2f}" if "tflops" in row else "-", f"{row['mfu']:.1%}" if row.get("mfu") else "-"]
         cells += [f"{row['peak_gib']:.2f}" if row.get("peak_gib") else "-", f"{ratio['median']:.3f}" if ratio else "-"]
         lines.append(cells)
-    unit = {"train": "ms a step", "loader": "ms a step", "eval": "ms an evaluation", "sample": "ms a token", "startup": "ms"}[bench.what]
-    headers = ["arm", unit, "quartiles", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "ratio"]
+    unit = {"eval": "ms an evaluation", "sample": "ms a token", "startup": "ms"}.get(bench.what, "ms a step")
+    headers = ["arm", unit, "quartiles", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "efficiency" if bench.what == "ddp" else "ratio"]
     how = f"{place.name()}, {place.dtype}, {rows[0].get('mode', 'eager')}"
     print(f"{bench.what}, {bench.model}, {how}, {bench.rounds} rounds, torch {torch.__version__}\n")
     print(tabulate(lines, headers, tablefmt="github", disable_numparse=True))
@@ -390,3 +412,5 @@ def main(bench: BenchConfig):
 if __name__ == "__main__":
     with one_line_errors():
         main(command_line)
+        if dist.is_initialized():
+            dist.destroy_process_group()

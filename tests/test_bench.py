@@ -1,6 +1,8 @@
 """bench.py: the arms take turns, the figures follow from the clock, and each benchmark runs the program of train.py."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 import bench
 from bench import BenchConfig, spread, take_turns
 from configurator import InputError
+from dataset import ROOT, Tokens
 
 
 def test_arms_take_turns_and_the_warm_up_is_not_counted():
@@ -54,3 +57,35 @@ def test_bad_options_are_refused(keys, message):
 def test_an_unknown_recipe_is_refused(tmp_path):
     with pytest.raises(InputError, match="there is no config/nothing.py"):
         bench.main(BenchConfig(model="nothing"))
+
+
+@pytest.mark.parametrize(("what", "arms", "names"), [("loader", "A", ["A, a fixed batch", "A"]), ("train", "plain,A", ["plain", "A"])])
+def test_yardsticks_in_the_same_run(what, arms, names, tokens_dir, tmp_path):
+    out = tmp_path / "figures.json"
+    bench.main(BenchConfig(what=what, arms=arms, dataset=str(tokens_dir), rounds=2, steps=1, device="cpu", out=str(out)))
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["arm"] for row in rows] == names and all(row["tokens_per_s"] > 0 for row in rows)
+
+
+def test_the_fixed_batch_is_the_first_one(tokens_dir):
+    data = Tokens(str(tokens_dir), 16, "cpu")
+    fixed = bench.FixedBatch(data)
+    first = data.batch(torch.from_numpy(data.draw(0, 0, 4)))
+    for step in (0, 5):
+        x, y = fixed.batch(torch.from_numpy(fixed.draw(3, step, 4)))
+        assert torch.equal(x, first[0]) and torch.equal(y, first[1])
+
+
+def test_processes_together_against_one_alone(tokens_dir, tmp_path):
+    out = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "bench.py", "--what=ddp", "--arms=A"]
+    command += [f"--dataset={tokens_dir}", "--rounds=2", "--steps=1", "--device=cpu", f"--out={out}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    alone, together = json.loads(out.read_text())["rows"]
+    assert (alone["arm"], together["arm"]) == ("A, alone", "A, 2 processes")
+    assert together["tokens_per_s"] * together["ms"]["median"] == pytest.approx(2 * alone["tokens_per_s"] * alone["ms"]["median"])
+
+
+def test_several_processes_need_torchrun():
+    with pytest.raises(InputError, match="torchrun"):
+        BenchConfig(what="ddp").check()
