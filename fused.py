@@ -1,14 +1,16 @@
-"""The passes between a transformer's matrix products, in Triton, for half precision on CUDA; the model's own modules elsewhere.
+"""The passes between a transformer's matrix products, in Triton, for half precision on CUDA. Elsewhere the model's own modules do the work.
 
-torch.compile fuses element-wise passes well, but not these, which take 25 of the 122 ms of a GPT-2 124M step on an H200 (LOG.md):
+torch.compile fuses element-wise passes well, but leaves these to be won (times in LOG.md):
 
-    cross-entropy   the output layer in pieces of CHUNK rows; one pass over the logits computes the loss and turns them, in place, into its gradient,
-                    so that neither 65,536 x 50,304 logits nor their gradient are ever whole
-    GELU            exact up to 1.5e-7, with one exponential and one division instead of the long erf; its value is kept, not computed again
-    graph diffusion y - v is kept for the backward pass; v's second gradient is subtracted where dq, dk and dv are gathered, which reads dv anyway
-    dropout         eight decisions from one Philox call, kept as one byte each, instead of a call for each decision in both directions
+    residual, dropout, LayerNorm   one pass in each direction, which also writes the branch's gradient in half precision and sums the gain's
+    dropout                        eight decisions from one Philox call, kept as a byte each, instead of one call per decision and direction
+    linear layers                  weights are cast once per step, all together; their gradients leave the product in float32
+    GELU                           exact up to 1.5e-7 with one exponential and one division instead of the long erf; kept, not computed again
+    graph diffusion                y - v is kept; v's second gradient is subtracted where dq, dk and dv are gathered, a pass that reads dv anyway
+    cross-entropy                  the output layer in pieces of CHUNK rows; the pass that computes the loss turns the logits into its gradient in
+                                   place, so that neither the 65,536 x 50,304 logits of a GPT-2 step nor their gradient are ever whole
 
-Sums and exponentials are in float32. tests/test_fused.py compares each with float64.
+Sums and exponentials are in float32, the residual stream too. tests/test_fused.py compares each with float64.
 """
 
 import torch
@@ -18,9 +20,225 @@ import triton.language as tl
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from model import GPT, CausalSelfAttention, diffuse
+import model
+from model import GPT, CausalSelfAttention, ViT
 
 CHUNK = 16384  # rows of logits at a time: 1.5 GiB of GPT-2's, and enough for the products to run at full speed
+
+
+def _half(x) -> torch.dtype:
+    """The dtype of products: autocast's, or that of x without it."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Dropout
+
+
+@triton.jit
+def _keep(keep_ptr, seed_ptr, threshold, n, BLOCK: tl.constexpr):
+    """One byte per element, 1 with probability 1 - threshold / 65536: the sixteen-bit halves of four words of Philox."""
+    program = tl.program_id(0)
+    call = program * BLOCK + tl.arange(0, BLOCK)
+    i = program.to(tl.int64) * (8 * BLOCK) + tl.arange(0, BLOCK)
+    words = tl.randint4x(tl.load(seed_ptr), call)
+    for j in tl.static_range(4):
+        word = words[j].to(tl.uint32, bitcast=True)
+        tl.store(keep_ptr + i + 2 * j * BLOCK, (word & 0xFFFF) >= threshold, mask=i + 2 * j * BLOCK < n)
+        tl.store(keep_ptr + i + (2 * j + 1) * BLOCK, (word >> 16) >= threshold, mask=i + (2 * j + 1) * BLOCK < n)
+
+
+@custom_op("diffusion::keep", mutates_args=())
+def keep(x: torch.Tensor, p: float, count: int) -> torch.Tensor:
+    """What dropout keeps: bool (count, *x.shape), True with probability 1 - p (p in steps of 2^-16), drawn by torch's generator of x's device."""
+    mask = torch.empty(count, *x.shape, dtype=torch.bool, device=x.device)
+    seed = torch.randint(2**62, (1,), device=x.device)  # on the device, so that a CUDA graph draws anew at every replay
+    _keep[(triton.cdiv(mask.numel(), 8 * 512),)](mask.view(torch.uint8), seed, round(p * 65536), mask.numel(), BLOCK=512)
+    return mask
+
+
+keep.register_fake(lambda x, p, count: torch.empty(count, *x.shape, dtype=torch.bool, device=x.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Residual stream and LayerNorm
+
+
+@triton.jit
+def _add_norm(x_ptr, branch_ptr, keep_ptr, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, n, scale,
+              C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
+    branch = tl.load(branch_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    if DROPOUT:
+        branch = tl.where(tl.load(keep_ptr + i, mask=mask, other=0) != 0, branch * scale, 0.0)
+    x = tl.load(x_ptr + i, mask=mask, other=0.0) + branch
+    tl.store(out_ptr + i, x, mask=mask)
+    mean = tl.sum(x, axis=1) / C
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + 1e-5)
+    y = centred * rstd[:, None] * tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :]
+    if BIAS:
+        y += tl.load(bias_ptr + column, mask=column < C, other=0.0)[None, :]
+    tl.store(y_ptr + i, y, mask=mask)
+    tl.store(mean_ptr + row, mean, mask=row < n)
+    tl.store(rstd_ptr + row, rstd, mask=row < n)
+
+
+@triton.jit
+def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, keep_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr, n, scale,
+                       C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, TILES: tl.constexpr,
+                       ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Each program takes TILES tiles of ROWS rows, so that the sums over rows for the gain and the bias stay in registers until its end."""
+    column = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :]
+    dweight, dbias = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in range(TILES):
+        row = (tile * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+        i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
+        dy = tl.load(dy_ptr + i, mask=mask, other=0.0).to(tl.float32)
+        mean, rstd = tl.load(mean_ptr + row, mask=row < n, other=0.0), tl.load(rstd_ptr + row, mask=row < n, other=0.0)
+        normal = tl.where(mask, (tl.load(out_ptr + i, mask=mask, other=0.0) - mean[:, None]) * rstd[:, None], 0.0)
+        dweight += dy * normal
+        if BIAS:
+            dbias += dy
+        g = dy * weight
+        dx = (g - (tl.sum(g, axis=1) / C)[:, None] - normal * (tl.sum(g * normal, axis=1) / C)[:, None]) * rstd[:, None]
+        if RESIDUAL:
+            dx += tl.load(dout_ptr + i, mask=mask, other=0.0)
+        tl.store(dx_ptr + i, dx, mask=mask)
+        if DROPOUT:
+            dx = tl.where(tl.load(keep_ptr + i, mask=mask, other=0) != 0, dx * scale, 0.0)
+        tl.store(dbranch_ptr + i, dx, mask=mask)
+    tl.atomic_add(dweight_ptr + column, tl.sum(dweight, axis=0), mask=column < C)
+    if BIAS:
+        tl.atomic_add(dbias_ptr + column, tl.sum(dbias, axis=0), mask=column < C)
+
+
+def _tile(C: int) -> dict:
+    """Rows and columns of a tile of rows of C: about 2048 elements, one column block per row."""
+    block = triton.next_power_of_2(C)
+    return {"C": C, "BLOCK": block, "ROWS": max(1, 2048 // block), "num_warps": 4 if block <= 2048 else 8}
+
+
+@custom_op("diffusion::add_norm", mutates_args=())
+def add_norm(
+    x: torch.Tensor, branch: torch.Tensor, kept: torch.Tensor | None, scale: float, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (…, C) float32 plus `branch`, dropped out where not `kept` and scaled -> the sum in float32, LN of it in branch's dtype, mean and 1 / std."""
+    x, branch = x.contiguous(), branch.contiguous()
+    out, y, n = torch.empty_like(x), torch.empty_like(branch), x.numel() // x.size(-1)
+    mean, rstd = (torch.empty(n, dtype=torch.float32, device=x.device) for _ in range(2))
+    tile = _tile(x.size(-1))
+    keep_or_not = branch if kept is None else kept.view(torch.uint8)  # a pointer that is not followed
+    _add_norm[(triton.cdiv(n, tile["ROWS"]),)](
+        x, branch, keep_or_not, weight, weight if bias is None else bias, out, y, mean, rstd, n, scale,
+        DROPOUT=kept is not None, BIAS=bias is not None, **tile,
+    )  # fmt: skip
+    return out, y, mean, rstd
+
+
+@add_norm.register_fake
+def _(x, branch, kept, scale, weight, bias):
+    statistics = x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
+    form = {"memory_format": torch.contiguous_format}
+    return torch.empty_like(x, **form), torch.empty_like(branch, **form), statistics, torch.empty_like(statistics)
+
+
+@custom_op("diffusion::add_norm_backward", mutates_args=())
+def add_norm_backward(
+    dout: torch.Tensor | None, dy: torch.Tensor, out: torch.Tensor, kept: torch.Tensor | None, scale: float, weight: torch.Tensor, bias: bool,
+    mean: torch.Tensor, rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x (float32), branch (dy's dtype), weight and bias (empty if not `bias`). dout is None where the sum goes nowhere else."""
+    dy = dy.contiguous()
+    dout = dout if dout is None else dout.contiguous()
+    dx, dbranch, n = torch.empty_like(out), torch.empty_like(dy), out.numel() // out.size(-1)
+    dweight, dbias = torch.zeros_like(weight), torch.zeros_like(weight) if bias else weight.new_empty(0)
+    tile = _tile(out.size(-1))
+    tiles = triton.cdiv(n, tile["ROWS"])
+    processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.device.type == "cuda" else 2
+    programs = min(tiles, 8 * processors)
+    _add_norm_backward[(programs,)](
+        out if dout is None else dout, dy, out, dy if kept is None else kept.view(torch.uint8), weight, mean, rstd,
+        dx, dbranch, dweight, dbias, n, scale,
+        DROPOUT=kept is not None, BIAS=bias, RESIDUAL=dout is not None, TILES=triton.cdiv(tiles, programs), **tile,
+    )  # fmt: skip
+    return dx, dbranch, dweight, dbias
+
+
+@add_norm_backward.register_fake
+def _(dout, dy, out, kept, scale, weight, bias, mean, rstd):
+    form = {"memory_format": torch.contiguous_format}
+    nothing = weight.new_empty(0)
+    return torch.empty_like(out), torch.empty_like(dy, **form), torch.empty_like(weight), torch.empty_like(weight) if bias else nothing
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, branch, kept, scale, weight, bias, last):
+        out, y, mean, rstd = add_norm(x, branch, kept, scale, weight, bias)
+        ctx.save_for_backward(out, kept, weight, mean, rstd)
+        ctx.scale, ctx.bias, ctx.last = scale, bias is not None, last
+        return out, y
+
+    @staticmethod
+    def backward(ctx, dout, dy):
+        out, kept, weight, mean, rstd = ctx.saved_tensors
+        dx, dbranch, dweight, dbias = add_norm_backward(None if ctx.last else dout, dy, out, kept, ctx.scale, weight, ctx.bias, mean, rstd)
+        return dx, dbranch, None, None, dweight, dbias if ctx.bias else None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Linear layers
+
+
+@custom_op("diffusion::weight_gradient", mutates_args=())
+def weight_gradient(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """dy^T x in float32 from matrices in half precision: (N, out), (N, in) -> (out, in)."""
+    total = torch.empty(dy.size(1), x.size(1), dtype=torch.float32, device=x.device)
+    _accumulate(total, dy, x, add=False)
+    return total
+
+
+weight_gradient.register_fake(lambda dy, x: x.new_empty(dy.size(1), x.size(1), dtype=torch.float32))
+
+
+def _accumulate(total, a, b, add: bool):
+    """total (+)= a^T b, the sum in float32; where the device has no such product of half-precision matrices (a CPU), of float32 ones."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        torch.addmm(total, a.t(), b, beta=float(add), out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, a.t().float(), b.float(), beta=float(add), out=total)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, half):  # (N, in), (out, in) float32 and its cast
+        ctx.save_for_backward(x, half)
+        return x @ half.t()
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, half = ctx.saved_tensors
+        return dy @ half, weight_gradient(dy, x), None
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose product reads `half`, the weight in half precision, which `cast_weights` refreshes."""
+
+    def forward(self, x):
+        if torch.is_autocast_enabled("cuda") or self.half.dtype == torch.float32:
+            y = _Linear.apply(x.flatten(0, -2).to(self.half.dtype), self.weight, self.half).unflatten(0, x.shape[:-1])
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        return super().forward(x)
+
+
+def cast_weights(network: nn.Module):
+    """Refreshes every `half` from its weight, in one pass; for the start of a step or of an evaluation."""
+    layers = [module for module in network.modules() if isinstance(module, Linear)]
+    if layers:
+        torch._foreach_copy_([layer.half for layer in layers], [layer.weight.detach() for layer in layers])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -59,7 +277,7 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     """x Phi(x) of a tensor of any shape, in its dtype."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    _gelu[(triton.cdiv(x.numel(), 2048),)](x, y, x.numel(), BLOCK=2048)
+    _gelu[(triton.cdiv(x.numel(), 1024),)](x, y, x.numel(), BLOCK=1024)
     return y
 
 
@@ -68,7 +286,7 @@ def gelu_backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dy (Phi(x) + x phi(x))."""
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
-    _gelu_backward[(triton.cdiv(x.numel(), 2048),)](dy, x, dx, x.numel(), BLOCK=2048)
+    _gelu_backward[(triton.cdiv(x.numel(), 1024),)](dy, x, dx, x.numel(), BLOCK=1024)
     return dx
 
 
@@ -87,43 +305,37 @@ class GELU(nn.GELU):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Dropout
+# Attention and graph diffusion
 
 
 @triton.jit
-def _keep(keep_ptr, seed_ptr, threshold, n, BLOCK: tl.constexpr):
-    """One byte per element, 1 with probability 1 - threshold / 65536: the sixteen-bit halves of four words of Philox."""
-    program = tl.program_id(0)
-    call = program * BLOCK + tl.arange(0, BLOCK)
-    i = program.to(tl.int64) * (8 * BLOCK) + tl.arange(0, BLOCK)
-    words = tl.randint4x(tl.load(seed_ptr), call)
-    for j in tl.static_range(4):
-        word = words[j].to(tl.uint32, bitcast=True)
-        tl.store(keep_ptr + i + 2 * j * BLOCK, (word & 0xFFFF) >= threshold, mask=i + 2 * j * BLOCK < n)
-        tl.store(keep_ptr + i + (2 * j + 1) * BLOCK, (word >> 16) >= threshold, mask=i + (2 * j + 1) * BLOCK < n)
+def _subtract(y_ptr, v_ptr, out_ptr, n, T, alpha, lam, YB, YH, YT, VB, VH, VT, FIRST: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
+    """Two (B, H, T, d) with their strides -> (B, T, H, d) contiguous: lam (y - alpha v) for heads from FIRST on, y before."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # place in (B, T, H, d)
+    row, column = i // (H * D), i % (H * D)
+    b, t, head, e = row // T, row % T, column // D, column % D
+    y = tl.load(y_ptr + b * YB + head * YH + t * YT + e, mask=i < n, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + b * VB + head * VH + t * VT + e, mask=(i < n) & (head >= FIRST), other=0.0).to(tl.float32)
+    tl.store(out_ptr + i, tl.where(head >= FIRST, lam * (y - alpha * v), y), mask=i < n)
 
 
-@custom_op("diffusion::keep", mutates_args=())
-def keep(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Which elements dropout keeps: bool of x's shape, True with probability 1 - p (p in steps of 2^-16), from torch's generator of x's device."""
-    mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    seed = torch.randint(2**62, (1,), device=x.device)  # on the device, so that a CUDA graph draws anew at every replay
-    _keep[(triton.cdiv(x.numel(), 8 * 512),)](mask.view(torch.uint8), seed, round(p * 65536), x.numel(), BLOCK=512)
-    return mask
+@custom_op("diffusion::subtract", mutates_args=())
+def subtract(y: torch.Tensor, v: torch.Tensor, alpha: float, lam: float, heads: int) -> torch.Tensor:
+    """model.diffuse, (B, H, T, d) twice -> the same shape with memory in the order (B, T, H, d), which the output projection reads."""
+    B, H, T, d = y.shape
+    y, v = (part if part.stride(3) == 1 else part.contiguous() for part in (y, v))
+    out = torch.empty(B, T, H, d, dtype=y.dtype, device=y.device)
+    _subtract[(triton.cdiv(y.numel(), 1024),)](
+        y, v, out, y.numel(), T, alpha, lam, *y.stride()[:3], *v.stride()[:3], FIRST=H - heads, H=H, D=d, BLOCK=1024
+    )
+    return out.transpose(1, 2)
 
 
-keep.register_fake(lambda x, p: torch.empty(x.shape, dtype=torch.bool, device=x.device))
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout with the mask from `keep`; the multiplication is left to the compiler, which fuses it with its neighbours."""
-
-    def forward(self, x):
-        return x * keep(x.detach(), self.p) * (1 / (1 - self.p)) if self.training and self.p > 0 else x
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Graph diffusion
+@subtract.register_fake
+def _(y, v, alpha, lam, heads):
+    B, H, T, d = y.shape
+    return y.new_empty(B, T, H, d).transpose(1, 2)
 
 
 @triton.jit
@@ -145,15 +357,15 @@ def _gather(dq_ptr, dk_ptr, dv_ptr, dw_ptr, out_ptr, n, T, coefficient, B_STRIDE
 
 
 @custom_op("diffusion::gather", mutates_args=())
-def gather(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dw: torch.Tensor, coefficient: float, heads: int) -> torch.Tensor:
+def gather(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dw: torch.Tensor | None, coefficient: float, heads: int) -> torch.Tensor:
     """Gradients of queries, keys and values, (B, H, T, d) each -> that of their projection, (B, T, 3 C); the last heads give dv - coefficient dw."""
     B, H, T, d = dq.shape
-    parts = [dq, dk, dv, dw if heads else dv]  # an arm without diffusion has no dw to read
+    parts = [dq, dk, dv, dv if dw is None else dw]
     if any(part.stride() != dq.stride() or part.stride(3) != 1 for part in parts):
         parts = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]
     out = torch.empty(B, T, 3 * H * d, dtype=dq.dtype, device=dq.device)
-    strides = parts[0].stride()[:1] + parts[0].stride()[1:3]
-    _gather[(triton.cdiv(dq.numel(), 1024),)](*parts, out, dq.numel(), T, coefficient, *strides, FIRST=H - heads, H=H, D=d, BLOCK=1024)
+    first = H if dw is None else H - heads
+    _gather[(triton.cdiv(dq.numel(), 1024),)](*parts, out, dq.numel(), T, coefficient, *parts[0].stride()[:3], FIRST=first, H=H, D=d, BLOCK=1024)
     return out
 
 
@@ -163,32 +375,40 @@ def _(dq, dk, dv, dw, coefficient, heads):
     return dq.new_empty(B, T, 3 * H * d)
 
 
-@custom_op("diffusion::subtract", mutates_args=())
-def subtract(y: torch.Tensor, v: torch.Tensor, alpha: float, lam: float, heads: int) -> torch.Tensor:
-    """model.diffuse, (B, H, T, d) twice -> the same shape with memory in the order (B, T, H, d), which the output projection reads."""
-    return diffuse(y, v, alpha, lam, heads).transpose(1, 2).contiguous().transpose(1, 2)
-
-
-subtract.register_fake(lambda y, v, alpha, lam, heads: y.transpose(1, 2).contiguous().transpose(1, 2).clone())
+def _heads(qkv, n_head: int):
+    """(B, T, 3 C) -> q, k, v, views (B, H, T, d)."""
+    B, T, C3 = qkv.shape
+    return tuple(part.view(B, T, n_head, C3 // 3 // n_head).transpose(1, 2) for part in qkv.split(C3 // 3, dim=2))
 
 
 class _Split(torch.autograd.Function):
-    """(B, T, 3 C) -> q, k, v and v once more, for `_Subtract` alone; one pass gathers the four gradients."""
+    """(B, T, 3 C) -> q, k, v; one pass gathers their gradients."""
+
+    @staticmethod
+    def forward(ctx, qkv, n_head):
+        return _heads(qkv, n_head)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        return gather(dq, dk, dv, None, 0.0, 0), None
+
+
+class _SplitForDiffusion(torch.autograd.Function):
+    """The same with v once more, for `_Subtract` alone, whose gradient the pass subtracts."""
 
     @staticmethod
     def forward(ctx, qkv, n_head, coefficient, heads):
         ctx.coefficient, ctx.heads = coefficient, heads
-        B, T, C3 = qkv.shape
-        q, k, v = (part.view(B, T, n_head, C3 // 3 // n_head).transpose(1, 2) for part in qkv.split(C3 // 3, dim=2))
+        q, k, v = _heads(qkv, n_head)
         return q, k, v, v.view_as(v)
 
     @staticmethod
     def backward(ctx, dq, dk, dv, dw):
-        return gather(dq, dk, dv, dv if dw is None else dw, ctx.coefficient, ctx.heads), None, None, None
+        return gather(dq, dk, dv, dw, ctx.coefficient, ctx.heads), None, None, None
 
 
 class _Subtract(torch.autograd.Function):
-    """`subtract`. v's cotangent is returned without its factor -alpha lambda, which `gather` applies on the diffusing heads."""
+    """`subtract`. v's gradient is returned without its factor -alpha lambda, which `gather` applies on the diffusing heads."""
 
     @staticmethod
     def forward(ctx, y, v, alpha, lam, heads):
@@ -197,23 +417,63 @@ class _Subtract(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        scaled = dy
-        if ctx.lam != 1:
-            scaled = torch.cat((dy[:, : dy.size(1) - ctx.heads], ctx.lam * dy[:, dy.size(1) - ctx.heads :]), dim=1)
+        first = dy.size(1) - ctx.heads
+        scaled = dy if ctx.lam == 1 else torch.cat((dy[:, :first], ctx.lam * dy[:, first:]), dim=1)
         return scaled, dy, None, None, None
 
 
 class Attention(CausalSelfAttention):
-    """The model's attention with the two passes above around the framework's fused kernel. Decoding with a cache takes the model's own way."""
+    """The model's attention; `branch` is what it adds to the residual stream, before dropout."""
 
-    def forward(self, x, cache=None):
-        if cache is not None:
-            return super().forward(x, cache)
-        q, k, v, w = _Split.apply(self.c_attn(x), self.n_head, self.alpha * self.lam, self.diffusing_heads)
+    def branch(self, x):
+        """(B, T, C) -> (B, T, C), the passes above around the framework's fused kernel."""
+        qkv = self.c_attn(x)
+        if self.diffusing_heads:
+            q, k, v, w = _SplitForDiffusion.apply(qkv, self.n_head, self.alpha * self.lam, self.diffusing_heads)
+        else:
+            q, k, v = _Split.apply(qkv, self.n_head)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal)
         if self.diffusing_heads:
             y = _Subtract.apply(y, w, self.alpha, self.lam, self.diffusing_heads)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))
+        return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+class Block(model.Block):
+    """A block that leaves its last addition to the next one, where it is one pass with the LayerNorm that follows."""
+
+    def forward(self, x, branch=None, kept=(None, None), scale=1.0):
+        """x + branch is the stream that enters; returns such a pair. `kept`: dropout's masks for that branch and for the attention's. With a
+        KVCache in place of `branch`, the model's own forward."""
+        if isinstance(branch, model.KVCache):
+            return super().forward(x, branch)
+        if branch is None:
+            y = self.ln_1(x)
+        else:
+            x, y = _AddNorm.apply(x, branch, kept[0], scale, self.ln_1.weight, self.ln_1.bias, False)
+        if isinstance(self.attn, Attention):
+            branch = self.attn.branch(y)
+        else:  # a variant does its own dropout
+            branch, kept = self.attn(y), (None, None)
+        x, y = _AddNorm.apply(x, branch, kept[1], scale, self.ln_2.weight, self.ln_2.bias, False)
+        return x, self.mlp.c_proj(self.mlp.gelu(self.mlp.c_fc(y)))
+
+
+class _Body:
+    """Network.body by those blocks."""
+
+    def body(self, x, cache=None):
+        if cache is not None:
+            return super().body(x, cache)
+        blocks, p, ln = self.transformer.h, self.config.dropout if self.training else 0.0, self.transformer.ln_f
+        kept = keep(x.detach(), p, 2 * len(blocks)) if p else [None] * (2 * len(blocks))
+        branch = None
+        for i, block in enumerate(blocks):
+            x, branch = block(x, branch, (kept[2 * i - 1], kept[2 * i]), 1 / (1 - p))
+        return _AddNorm.apply(x, branch, kept[-1], 1 / (1 - p), ln.weight, ln.bias, True)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -222,7 +482,7 @@ class Attention(CausalSelfAttention):
 
 @triton.jit
 def _cross_entropy(logits_ptr, targets_ptr, losses_ptr, stride, V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: log sum exp - logit of the target, 0 for target -1; the logits become softmax - one-hot (0 for target -1) in place."""
+    """One row: log sum exp - logit of the target, 0 for target -1; the logits become softmax - one-hot (0 for target -1) in place, 0 beyond V."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     target = tl.load(targets_ptr + row)
@@ -243,38 +503,29 @@ def _cross_entropy(logits_ptr, targets_ptr, losses_ptr, stride, V: tl.constexpr,
             column = start + tl.arange(0, BLOCK)
             z = tl.load(logits_ptr + column, mask=column < V, other=float("-inf")).to(tl.float32)
             gradient = tl.exp(z - log_sum) - tl.where(column == target, 1.0, 0.0)
-            tl.store(logits_ptr + column, tl.where(counts, gradient, 0.0), mask=column < V)
+            tl.store(logits_ptr + column, tl.where(counts, gradient, 0.0), mask=column < stride)
 
 
 @custom_op("diffusion::output_loss", mutates_args=())
 def output_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (N, C) in half precision, weight (V, C) float32, targets (N,), -1 ignored -> mean loss, and its gradients if `gradient` (else empty).
-
-    The gradients are of the sum over the targets that count, divided by their number: (N, C) in x's dtype and (V, C) in float32.
-    """
-    half = weight.to(x.dtype)
+    """x (N, C) in half precision, weight (V, C) float32, targets (N,), -1 ignored -> mean loss, and with `gradient` (else empty) that of the sum
+    over the targets that count: (N, C) in x's dtype and (V, C) in float32."""
+    V = len(weight)
+    half = F.pad(weight.to(x.dtype), (0, 0, 0, -V % 8))  # an odd number of columns has slow products
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x) if gradient else x.new_empty(0)
-    dweight = torch.empty_like(weight) if gradient else weight.new_empty(0)
+    dweight = torch.empty(half.shape, dtype=torch.float32, device=x.device) if gradient else weight.new_empty(0)
+    # a row must still be in the cache when it is read again: few programs at a time for long rows
+    form = {"BLOCK": min(8192, triton.next_power_of_2(V)), "num_warps": 32 if V > 8192 else 4}
     for first in range(0, len(x), CHUNK):
         rows = slice(first, first + CHUNK)
         logits = x[rows] @ half.t()
-        _cross_entropy[(len(logits),)](logits, targets[rows], losses[rows], logits.stride(0), logits.size(1), gradient, BLOCK=4096, num_warps=8)
+        _cross_entropy[(len(logits),)](logits, targets[rows], losses[rows], logits.stride(0), V, gradient, **form)
         if gradient:
             torch.mm(logits, half, out=dx[rows])
-            _accumulate(dweight, logits, x[rows], first > 0)
+            _accumulate(dweight, logits, x[rows], add=first > 0)
         del logits  # before the next piece is allocated
-    count = (targets >= 0).sum()
-    loss = losses.sum() / count
-    return loss, dx, dweight
-
-
-def _accumulate(total, a, b, add: bool):
-    """total (+)= a^T b in float32 from half-precision matrices; where the device has no such product (a CPU), from float32 ones."""
-    if a.device.type == "cuda":
-        torch.addmm(total, a.t(), b, beta=float(add), out_dtype=torch.float32, out=total)
-    else:
-        torch.addmm(total, a.t().float(), b.float(), beta=float(add), out=total)
+    return losses.sum() / (targets >= 0).sum(), dx, dweight[:V].contiguous() if gradient else dweight
 
 
 @output_loss.register_fake
@@ -297,22 +548,33 @@ class _OutputLoss(torch.autograd.Function):
         return (dx * scale).to(dx.dtype), dweight * scale, None, None
 
 
-class FusedGPT(GPT):
+class FusedGPT(_Body, GPT):
     """A GPT whose loss comes without whole logits (None in their place)."""
 
     def output(self, x, targets=None):
         if targets is None:
             return super().output(x, targets)
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        x = x.flatten(0, 1).to(dtype)
+        x = x.flatten(0, 1).to(_half(x))
         return None, _OutputLoss.apply(x, self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
+
+
+class FusedViT(_Body, ViT):
+    """A ViT by the fused blocks."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def accelerate(model: nn.Module):
-    """Turns the modules of `model` into those above, in place; parameters and their names stay. For half precision (autocast) on CUDA."""
-    swaps = {nn.GELU: GELU, nn.Dropout: Dropout, CausalSelfAttention: Attention, GPT: FusedGPT}
-    for module in model.modules():
+def accelerate(network: nn.Module, dtype: torch.dtype, shadows: bool = True):
+    """Turns the modules of `network` into those above, in place, for products in `dtype`; parameters and their names stay.
+
+    `shadows` keeps each linear layer's weight in `dtype` beside it, which then needs `cast_weights`; without it autocast casts at every use.
+    """
+    swaps = {nn.GELU: GELU, CausalSelfAttention: Attention, model.Block: Block, GPT: FusedGPT, ViT: FusedViT}
+    for module in network.modules():
         module.__class__ = swaps.get(type(module), module.__class__)
+    for block in network.transformer.h if shadows else ():
+        for module in block.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Linear
+                module.half = module.weight.detach().to(dtype, copy=True)

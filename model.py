@@ -214,6 +214,12 @@ class Network(nn.Module):
                 generator = torch.Generator().manual_seed(int(key >> 1))
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
 
+    def body(self, x, cache: KVCache | None = None):
+        """Blocks and the last LayerNorm: (B, T, C) -> (B, T, C)."""
+        for block in self.transformer.h:
+            x = block(x, cache)
+        return self.transformer.ln_f(x)
+
     def num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, a tied table counted once; without the position table by default, as nanoGPT counts."""
         total = sum(parameter.numel() for parameter in self.parameters())
@@ -250,11 +256,10 @@ class GPT(Network):
             raise ValueError(f"context of {past + T} tokens is longer than block_size {self.config.block_size}")
         wpe = self.transformer.wpe
         x = self.transformer.drop(self.transformer.wte(idx) + (wpe.weight[:T] if cache is None else wpe(cache.positions(T))))  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x, cache)
+        x = self.body(x, cache)
         if cache is not None:
             cache.length += T
-        return self.output(self.transformer.ln_f(x), targets)
+        return self.output(x, targets)
 
     def output(self, x, targets=None):
         """Output layer and loss: (B, T, C) -> what `forward` returns."""
@@ -311,7 +316,5 @@ class ViT(Network):
         B, p, n = pictures.size(0), self.config.patch_size, self.config.image_size // self.config.patch_size
         patches = pictures.view(B, 3, n, p, n, p).permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, 3 * p * p)  # (B, T, 3 p p)
         x = self.transformer.drop(self.transformer.patch(patches) + self.transformer.wpe.weight)  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
-        logits = self.lm_head(self.transformer.ln_f(x).mean(dim=1))
+        logits = self.lm_head(self.body(x).mean(dim=1))
         return logits, None if labels is None else F.cross_entropy(logits.float(), labels, ignore_index=-1)

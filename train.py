@@ -104,10 +104,13 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
     compiled = place.device.type == "cuda" if config.compile is None else config.compile
     if place.device.type == "cpu" and not compiled:  # the compiler has its own way to such products
         onednn.accelerate(model)
+    sharded = place.world > 1 and config.parallel == "fsdp"
+    cast_weights = None
     if place.device.type == "cuda" and compiled and place.dtype != torch.float32:
         import fused  # needs Triton, which torch brings along on CUDA alone
 
-        fused.accelerate(model)
+        fused.accelerate(model, place.dtype, shadows=not sharded)
+        cast_weights = fused.cast_weights
     # The global batch has the same rows for any number of processes; this one takes its share, in micro-batches of at most batch_size rows.
     rows = config.batch_size * config.gradient_accumulation_steps
     network = distribute(model, config.parallel, place, rows, compiled)
@@ -135,12 +138,14 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
         hits = logits.topk(min(5, logits.size(-1))).indices == y[:, None]
         return torch.stack((loss, hits[:, 0].sum(), hits.sum()))
 
-    if compiled and not (place.world > 1 and config.parallel == "fsdp"):  # whose blocks are compiled one by one
+    if compiled and not sharded:  # whose blocks are compiled one by one
         loss_of, scores_of = torch.compile(loss_of, dynamic=False), torch.compile(scores_of, dynamic=False)
 
     def update():
         """Forward, backward, clipping and AdamW on the examples that `drawn` names."""
         optimizer.zero_grad(set_to_none=True)
+        if cast_weights:
+            cast_weights(model)
         total = torch.zeros((), device=place.device)
         for i, examples in enumerate(drawn):
             with gradient_sync(network, on=i == len(drawn) - 1):
@@ -193,6 +198,8 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
     def evaluate() -> dict[str, float]:
         """val_loss, and top1 and top5 for pictures, over the validation set or eval_tokens of it: summed, reduced over processes, divided once."""
         model.eval()
+        if cast_weights:
+            cast_weights(model)
         batches = data.validation(max(config.batch_size, EVAL_TOKENS // data.block_size), config.eval_tokens, place.rank, place.world)
         parts = [(scores_of(x, y), count) for x, y, count in batches]
         reshard(network)
