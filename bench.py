@@ -64,6 +64,7 @@ if __name__ == "__main__":  # before torch is imported
     with one_line_errors():
         command_line = configure(BenchConfig)
 
+import copy
 import json
 import platform
 import subprocess
@@ -300,7 +301,8 @@ def profile(program, device: torch.device) -> str:
 
 
 def bench_sample(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]:
-    """Batch 1: sample.generate with its cache against a loop that reads the whole context for every token, random weights, greedy."""
+    """Batch 1, random weights: sample.generate with its cache against nanoGPT's way, which reads the whole context again for every token, with
+    float32 weights under autocast. Both draw from the 200 most probable tokens."""
     turns = {}
     for arm in bench.arms.split(","):
         config = recipe(bench, arm, folder)
@@ -309,20 +311,25 @@ def bench_sample(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]:
         if not isinstance(program.model, GPT):
             raise InputError(f"--what=sample writes text, and --model={bench.model} is for pictures")
         program.model.init_weights(0)
-        model = program.model.eval().to(place.dtype)
+        masters = program.model.eval()
+        model = copy.deepcopy(masters).to(place.dtype)
         context = model.config.block_size
         size = model.config.vocab_size
         prompt = [i % size for i in range(min(100, context // 2))]
 
         def cached(model=model, prompt=prompt, size=size):
-            for _ in generate(model, prompt, bench.tokens, 0.0, 0, torch.Generator(), size):
+            for _ in generate(model, prompt, bench.tokens, 0.8, 200, torch.Generator(), size):
                 pass
 
         @torch.inference_mode()
-        def plain(model=model, prompt=prompt, context=context, device=place.device):
-            tokens = torch.tensor([prompt], device=device)
+        def plain(model=masters, prompt=prompt, context=context, place=place):
+            tokens = torch.tensor([prompt], device=place.device)
             for _ in range(bench.tokens):
-                tokens = torch.cat((tokens, model(tokens[:, -context:])[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+                with place.autocast():
+                    logits = model(tokens[:, -context:])[0][:, -1] / 0.8
+                logits, kept = logits.topk(min(200, logits.size(-1)))
+                drawn = torch.multinomial(logits.float().softmax(-1), 1)
+                tokens = torch.cat((tokens, kept.gather(1, drawn)), dim=1)
 
         turns |= {f"{arm}, no cache": plain, arm: cached}
         if bench.transformers and arm == "A":

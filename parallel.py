@@ -13,22 +13,22 @@ from configurator import InputError
 def distribute(model, kind: str, place, rows: int, compiled: bool):
     """The module to call in training: `model` itself for one process, else wrapped by DDP or sharded in place by torch's fully_shard.
 
-    `rows` is the global batch. Under fsdp each block is one shard group, and compiled on its own, since the hooks between blocks are not for the
-    compiler. Raises InputError for a batch that cannot be cut.
+    `rows` is the global batch. `compiled` compiles the blocks one by one: between them the gradients of one block are exchanged while the one before
+    it is still computing, and under fsdp each is one shard group. Raises InputError for a batch that cannot be cut.
     """
     if place.world == 1:
         return model
     if rows < place.world:
         raise InputError(f"the global batch of {rows} sequences is too small for {place.world} processes: raise --gradient_accumulation_steps")
+    for block in model.transformer.h if compiled else ():
+        block.compile(dynamic=False)
     if kind == "ddp":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     from torch.distributed.fsdp import fully_shard
 
     if rows % place.world:  # all processes gather the same shards at the same time, so each must run as many micro-batches
         raise InputError(f"--parallel=fsdp: the global batch of {rows} sequences is not divisible by {place.world} processes")
     for block in model.transformer.h:
-        if compiled:
-            block.compile(dynamic=False)
         fully_shard(block)
     return fully_shard(model)
 

@@ -102,9 +102,13 @@ class StaticCache(KVCache):
         super().__init__(*args)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.entries.device)
         self.span = torch.arange(self.entries.size(-2), device=self.entries.device)
+        self.mask = self.entries.new_zeros(1, len(self.span))
 
     def positions(self, T: int):
-        return self.position if T == 1 else super().positions(T)
+        if T > 1:
+            return super().positions(T)
+        self.mask.zero_().masked_fill_(self.span > self.position, -math.inf)  # once per token, for all layers
+        return self.position
 
     def extend(self, layer: int, k, v):
         if k.size(2) > 1:
@@ -112,7 +116,7 @@ class StaticCache(KVCache):
         keys, values = self.entries[layer]
         keys.index_copy_(2, self.position, k)
         values.index_copy_(2, self.position, v)
-        return keys, values, (self.span <= self.position)[None], False
+        return keys, values, self.mask, False
 
 
 def one_token_graph(model: GPT, cache: StaticCache, finish):

@@ -104,12 +104,11 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
     compiled = place.device.type == "cuda" if config.compile is None else config.compile
     if place.device.type == "cpu" and not compiled:  # the compiler has its own way to such products
         onednn.accelerate(model)
-    sharded = place.world > 1 and config.parallel == "fsdp"
     cast_weights = None
     if place.device.type == "cuda" and compiled and place.dtype != torch.float32:
         import fused  # needs Triton, which torch brings along on CUDA alone
 
-        fused.accelerate(model, place.dtype, shadows=not sharded)
+        fused.accelerate(model, place.dtype, shadows=place.world == 1 or config.parallel != "fsdp")
         cast_weights = fused.cast_weights
     # The global batch has the same rows for any number of processes; this one takes its share, in micro-batches of at most batch_size rows.
     rows = config.batch_size * config.gradient_accumulation_steps
@@ -138,7 +137,7 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
         hits = logits.topk(min(5, logits.size(-1))).indices == y[:, None]
         return torch.stack((loss, hits[:, 0].sum(), hits.sum()))
 
-    if compiled and not sharded:  # whose blocks are compiled one by one
+    if compiled and place.world == 1:  # else the blocks are compiled one by one
         loss_of, scores_of = torch.compile(loss_of, dynamic=False), torch.compile(scores_of, dynamic=False)
 
     def update():
