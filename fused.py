@@ -26,6 +26,15 @@ from model import GPT, CausalSelfAttention, ViT
 CHUNK = 16384  # rows of logits at a time: 1.5 GiB of GPT-2's, and enough for the products to run at full speed
 
 
+OPERATORS = []
+
+
+def operator(function):
+    """`function` as an operator that the compiler calls and does not look into."""
+    OPERATORS.append(custom_op(f"diffusion::{function.__name__}", function, mutates_args=(), tags=(torch.Tag.needs_exact_strides,)))
+    return OPERATORS[-1]
+
+
 def _half(x) -> torch.dtype:
     """The dtype of products: autocast's, or that of x without it."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
@@ -48,7 +57,7 @@ def _keep(keep_ptr, seed_ptr, threshold, n, BLOCK: tl.constexpr):
         tl.store(keep_ptr + i + (2 * j + 1) * BLOCK, (word >> 16) >= threshold, mask=i + (2 * j + 1) * BLOCK < n)
 
 
-@custom_op("diffusion::keep", mutates_args=())
+@operator
 def keep(x: torch.Tensor, p: float, count: int) -> torch.Tensor:
     """What dropout keeps: bool (count, *x.shape), True with probability 1 - p (p in steps of 2^-16), drawn by torch's generator of x's device."""
     mask = torch.empty(count, *x.shape, dtype=torch.bool, device=x.device)
@@ -121,7 +130,7 @@ def _tile(C: int) -> dict:
     return {"C": C, "BLOCK": block, "ROWS": max(1, 2048 // block), "num_warps": 4 if block <= 2048 else 8}
 
 
-@custom_op("diffusion::add_norm", mutates_args=())
+@operator
 def add_norm(
     x: torch.Tensor, branch: torch.Tensor, kept: torch.Tensor | None, scale: float, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -145,7 +154,7 @@ def _(x, branch, kept, scale, weight, bias):
     return torch.empty_like(x, **form), torch.empty_like(branch, **form), statistics, torch.empty_like(statistics)
 
 
-@custom_op("diffusion::add_norm_backward", mutates_args=())
+@operator
 def add_norm_backward(
     dout: torch.Tensor | None, dy: torch.Tensor, out: torch.Tensor, kept: torch.Tensor | None, scale: float, weight: torch.Tensor, bias: bool,
     mean: torch.Tensor, rstd: torch.Tensor,
@@ -193,7 +202,7 @@ class _AddNorm(torch.autograd.Function):
 # Linear layers
 
 
-@custom_op("diffusion::weight_gradient", mutates_args=())
+@operator
 def weight_gradient(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dy^T x in float32 from matrices in half precision: (N, out), (N, in) -> (out, in)."""
     total = torch.empty(dy.size(1), x.size(1), dtype=torch.float32, device=x.device)
@@ -272,7 +281,7 @@ def _gelu_backward(dy_ptr, x_ptr, dx_ptr, n, BLOCK: tl.constexpr):
     tl.store(dx_ptr + i, dy * (cdf + x * density), mask=i < n)
 
 
-@custom_op("diffusion::gelu", mutates_args=())
+@operator
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """x Phi(x) of a tensor of any shape, in its dtype."""
     x = x.contiguous()
@@ -281,7 +290,7 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@custom_op("diffusion::gelu_backward", mutates_args=())
+@operator
 def gelu_backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dy (Phi(x) + x phi(x))."""
     dy, x = dy.contiguous(), x.contiguous()
@@ -320,7 +329,7 @@ def _subtract(y_ptr, v_ptr, out_ptr, n, T, alpha, lam, YB, YH, YT, VB, VH, VT, F
     tl.store(out_ptr + i, tl.where(head >= FIRST, lam * (y - alpha * v), y), mask=i < n)
 
 
-@custom_op("diffusion::subtract", mutates_args=())
+@operator
 def subtract(y: torch.Tensor, v: torch.Tensor, alpha: float, lam: float, heads: int) -> torch.Tensor:
     """model.diffuse, (B, H, T, d) twice -> the same shape with memory in the order (B, T, H, d), which the output projection reads."""
     B, H, T, d = y.shape
@@ -356,7 +365,7 @@ def _gather(dq_ptr, dk_ptr, dv_ptr, dw_ptr, out_ptr, n, T, coefficient, B_STRIDE
     tl.store(out_ptr + target + 2 * H * D, dv, mask=mask)
 
 
-@custom_op("diffusion::gather", mutates_args=())
+@operator
 def gather(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dw: torch.Tensor | None, coefficient: float, heads: int) -> torch.Tensor:
     """Gradients of queries, keys and values, (B, H, T, d) each -> that of their projection, (B, T, 3 C); the last heads give dv - coefficient dw."""
     B, H, T, d = dq.shape
@@ -506,7 +515,7 @@ def _cross_entropy(logits_ptr, targets_ptr, losses_ptr, stride, V: tl.constexpr,
             tl.store(logits_ptr + column, tl.where(counts, gradient, 0.0), mask=column < stride)
 
 
-@custom_op("diffusion::output_loss", mutates_args=())
+@operator
 def output_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (N, C) in half precision, weight (V, C) float32, targets (N,), -1 ignored -> mean loss, and with `gradient` (else empty) that of the sum
     over the targets that count: (N, C) in x's dtype and (V, C) in float32."""
@@ -570,6 +579,12 @@ def accelerate(network: nn.Module, dtype: torch.dtype, shadows: bool = True):
 
     `shadows` keeps each linear layer's weight in `dtype` beside it, which then needs `cast_weights`; without it autocast casts at every use.
     """
+    if torch.__version__ < (2, 13):  # which would write all that an operator depends on into a log at its first use, exponential in n_layer
+        from torch._inductor.lowering import lowerings, make_fallback
+
+        for known in OPERATORS:
+            if known._opoverload not in lowerings:
+                make_fallback(known._opoverload, warn=False)
     swaps = {nn.GELU: GELU, CausalSelfAttention: Attention, model.Block: Block, GPT: FusedGPT, ViT: FusedViT}
     for module in network.modules():
         module.__class__ = swaps.get(type(module), module.__class__)

@@ -221,3 +221,11 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
     for dout, bias in ((None, True), (rows.clone(), False)):
         arguments = (dout, rows.clone(), rows, torch.ones(6, 4, dtype=torch.bool, device=DEVICE), 1.0, gain, bias, statistics, statistics.clone())
         torch.library.opcheck(fused.add_norm_backward, arguments, test_utils=checks)
+
+
+@pytest.mark.skipif(torch.__version__ >= (2, 13), reason="mended in torch 2.13")
+def test_compiling_deep_models_takes_no_exponential_time():
+    from torch._inductor.lowering import lowerings
+
+    fused.accelerate(GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=3, n_embd=24)), torch.bfloat16)
+    assert all(known._opoverload in lowerings for known in fused.OPERATORS)
