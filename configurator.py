@@ -338,9 +338,13 @@ def configure(cls, args: list[str] | None = None):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a script's main: an InputError prints as one line on stderr and exits with status 2."""
+    """Around a script's main: an InputError, and what the operating system refuses, prints as one line on stderr and exits with status 2."""
     try:
         yield
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except (InputError, OSError) as error:
+        text = str(error) if isinstance(error, InputError) else f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        # a value or a file's name may hold anything: line feeds, terminal codes, half a surrogate pair
+        print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), file=sys.stderr)
         sys.exit(2)

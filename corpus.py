@@ -34,7 +34,7 @@ import zlib
 from pathlib import Path
 
 from configurator import InputError
-from dataset import replace_files, sha256_of
+from dataset import meta_json, replace_files, sha256_of
 
 KIB, MIB = 1 << 10, 1 << 20
 BLOCK = MIB // 2  # bytes of raw documents that a worker gets at once, about
@@ -811,8 +811,7 @@ class Output:
 
 def publish(directory: Path, folder: Path, splits: dict, meta: dict):
     """Moves SPLIT.bin from `folder` into `directory`, with a meta.json. Raises InputError and OSError."""
-    text = json.dumps({"kind": "tokens", "dtype": "uint16", **meta, "splits": splits}, indent=1, ensure_ascii=False)
-    write_durably(folder / "meta.json", (text + "\n").encode())
+    write_durably(folder / "meta.json", meta_json({"kind": "tokens", "dtype": "uint16", **meta, "splits": splits}))
     replace_files(folder, directory, [*(f"{name}.bin" for name in splits), "meta.json"])
 
 

@@ -375,7 +375,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                     if scale < SMALLEST_SCALE:
                         raise diverged(step, f"the float16 scale fell to {scale:g}: the gradients are not finite at any scale")
                     if main and not underflow:
-                        print(f"warning: step {step}: the float16 scale fell to {scale:g}, steps are being skipped: bfloat16 has the range", file=sys.stderr)
+                        print(f"warning: step {step}: the float16 scale fell to {scale:g}, steps are skipped: try bfloat16", file=sys.stderr)
                     underflow = True
                 loss = sum(loss for loss, _ in seen) / unread
                 ms, rate, lr = seconds / unread * 1e3, unread * program.tokens / seconds, learning_rate(config, step - 1)

@@ -373,7 +373,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(tmp_path, kind, da
         path.unlink()
     found = readable(tmp_path, "model", "optimizer")
     err = capsys.readouterr().err
-    assert err.startswith("warning: ") and err.count("\n") == 1 and str(tmp_path) in err and str(tmp_path / "previous.json") in err and "step 1 " in err
+    assert err.startswith("warning: ") and err.count("\n") == 1 and f"step 1 of {tmp_path / 'previous.json'}" in err and str(tmp_path) in err
     assert path.name in err and found == read_meta(tmp_path, "previous.json") and same(loaded(tmp_path, "previous.json"), older)
     if kind == "optimizer":  # which a reader of the weights does not need
         assert readable(tmp_path, "model") == meta and capsys.readouterr() == ("", "")
