@@ -16,8 +16,10 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,33 @@ def write_file(path: Path, content: bytes):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def staging(directory: Path):
+    """A hidden folder inside `directory`, made if need be, in which the files of a data set are written before replace_files; removed at the end.
+
+    One process at a time; the next one removes the folder that a killed one has left. Raises InputError for all that cannot be written.
+    """
+    with contextlib.ExitStack() as undo:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            handle = os.open(directory, os.O_RDONLY)
+            undo.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process is writing data in {directory}: wait for it") from None
+            except OSError:  # a file system without locks: then nothing is taken for abandoned
+                pass
+            else:
+                for abandoned in directory.glob(".prepare.*.tmp"):
+                    shutil.rmtree(abandoned, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix=".prepare.", suffix=".tmp", dir=directory))
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            yield folder
+        except OSError as error:
+            raise InputError(f"cannot write in {directory}: {error.strerror or error}") from None
 
 
 def replace_files(folder: Path, directory: Path, names: list[str] | tuple[str, ...]):

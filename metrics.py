@@ -54,8 +54,11 @@ class Metrics:
             self.file.seek(0)
             keep = 0
             for line in self.file.read().splitlines(keepends=True) if resume_at is not None else []:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > resume_at:
-                    break
+                try:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > resume_at:
+                        break
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(f"{path} is damaged at byte {keep}: move it away to continue the run without its log") from None
                 keep += len(line)
             self.file.truncate(keep)
             undo.pop_all()

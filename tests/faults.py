@@ -1,0 +1,441 @@
+"""Faults, and what must survive them: what tests/test_faults.py takes a few of and tests/campaign.py hundreds.
+
+Every fault is a generator of a folder and a random.Random. It yields, for each try that was survived, what was tried; when something is lost, or
+silently wrong, it raises AssertionError. The scripts run unchanged (runpy, as `__main__`) in processes forked from a server that has imported torch
+once, so that a try costs a tenth of a second and not three. What is patched in them are marks that say in what phase a process is, and the faults.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import mmap
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+sys.path[:0] = [path for path in (str(ROOT), str(TESTS)) if path not in sys.path]
+os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order
+
+import numpy as np
+import torch
+import tqdm
+
+import checkpoint
+import dataset
+from dataset import Pictures, Tokens, write_tokens
+from metrics import read_metrics
+
+CONTEXT = multiprocessing.get_context("forkserver")
+# the last two are what torch loads when the first model is made
+PRELOADED = ["faults", "train", "compare", "sample", "classify", "corpus", "pictures", "torch._dynamo", "torch._dynamo.convert_frame"]
+CONTEXT.set_forkserver_preload(PRELOADED)
+PHASES = ("starting", "building", "training", "evaluating", "saving")
+LONGEST = {"starting": 0.02, "building": 0.05, "training": 0.01, "evaluating": 0.01, "saving": 0.02}  # seconds after its beginning until the kill
+TINY = {
+    "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
+    "warmup_iters": 5, "max_iters": 40, "eval_interval": 8, "eval_tokens": 320, "log_interval": 1, "device": "cpu", "dtype": "float32",
+    "compile": False,
+}  # fmt: skip
+NOISY = {"dropout": 0.2, "bias": True}
+ARMS = {"A": {}, "A - I": {"diffusion": True}, "some heads": {"diffusion": True, "diffusion_heads": "0,1", "diffusion_alpha": 0.9}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def _marked(marks, phase: int, function, generator: bool = False):
+    """The function, during which marks[0] is the phase (building and training: until another begins); marks[phase + 1] counts its beginnings."""
+
+    def begin():
+        before, marks[0] = marks[0], phase
+        marks[phase + 1] = min(255, marks[phase + 1] + 1)
+        return before
+
+    @functools.wraps(function)
+    def during(*args, **kwargs):
+        before = begin()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            marks[0] = phase if phase < 3 else before
+
+    @functools.wraps(function)
+    def over(*args, **kwargs):
+        before = begin()
+        try:
+            yield from function(*args, **kwargs)
+        finally:
+            marks[0] = before
+
+    return over if generator else during
+
+
+def _enter(script: str, arguments: list[str], folder: str, setup):
+    """In the child: the script as `__main__`, its output in folder/out and folder/err, its phases in folder/marks."""
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+    with open(Path(folder) / "marks", "r+b") as file:
+        marks = mmap.mmap(file.fileno(), 16)
+    torch.set_num_threads(1)
+    tqdm.tqdm.set_lock(threading.RLock())  # its lock for processes would outlive a killed one
+    for owner, name, phase, generator in (
+        (dataset, "load", 1, False), (Tokens, "batch", 2, False), (Pictures, "batch", 2, False), (Tokens, "validation", 3, True),
+        (Pictures, "validation", 3, True), (checkpoint, "save", 4, False),
+    ):  # fmt: skip
+        setattr(owner, name, _marked(marks, phase, getattr(owner, name), generator))
+    if setup:
+        setup()
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+@functools.cache
+def _start_server():
+    """The server's modules are found by PYTHONPATH alone."""
+    from multiprocessing import forkserver
+
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{TESTS}:{ROOT}"
+    forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+class Child:
+    """A script in a process of its own. `marks` is shared with it."""
+
+    def __init__(self, script, arguments: list, folder: Path, setup=None):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "marks").write_bytes(bytes(16))
+        with open(folder / "marks", "r+b") as file:
+            self.marks = mmap.mmap(file.fileno(), 16)
+        self.folder = folder
+        _start_server()
+        self.process = CONTEXT.Process(target=_enter, args=(str(ROOT / script), [str(word) for word in arguments], str(folder), setup))
+        self.process.start()
+
+    def signal(self, number: int, phase: int | None, draw: random.Random, first: int = 12) -> str | None:
+        """Sends the signal within a beginning of this phase drawn from the first ones, or at any moment (None).
+
+        Returns the phase it came in, None when the process had ended before.
+        """
+        wanted = draw.randint(1, first if phase == 2 else max(1, first // 3))
+        if phase is None:
+            time.sleep(draw.uniform(0, 0.4))
+        while phase is not None and self.marks[phase + 1] < (wanted if phase > 1 else 1) and self.process.is_alive():
+            time.sleep(0.0002)
+        time.sleep(draw.uniform(0, LONGEST[PHASES[phase or 0]]))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGSTOP)  # so that what is read is where it was
+            found = PHASES[self.marks[0]]
+            os.kill(self.process.pid, number)
+            os.kill(self.process.pid, signal.SIGCONT)
+        self.process.join(60)
+        ended = self.process.exitcode
+        assert ended is not None, f"still running a minute after signal {number} while {found}"
+        return found if ended in (-number, 128 + number) else None
+
+    def wait(self, seconds: float = 120) -> tuple[int, str, str]:
+        """(exit status, stdout, stderr)."""
+        self.process.join(seconds)
+        status = self.process.exitcode
+        if status is None:
+            self.process.kill()
+            raise AssertionError(f"still running after {seconds} s")
+        return status, *((self.folder / name).read_text(errors="backslashreplace") for name in ("out", "err"))
+
+
+def run(script, arguments, folder: Path, setup=None) -> tuple[int, str, str]:
+    """A script from its start to its end: (exit status, stdout, stderr)."""
+    return Child(script, arguments, folder, setup).wait()
+
+
+def options(keys: dict) -> list[str]:
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+def succeed(script, arguments, folder: Path, setup=None) -> str:
+    status, out, err = run(script, arguments, folder, setup)
+    assert status == 0, (script, arguments, status, err[-2000:])
+    return out
+
+
+def one_line(result: tuple[int, str, str], *words: str, status: int = 2) -> str:
+    """The message of a refusal: status 2, one line on stderr that has the words."""
+    found, _, err = result
+    lines = [line for line in err.splitlines() if not line.startswith(("note: ", "warning: "))]
+    assert found == status and len(lines) == 1 and lines[0].startswith("error: "), (found, err[-3000:])
+    assert all(word in lines[0] for word in words), (words, err)
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Data and what is compared
+
+
+def sentences(characters: int, seed: int = 2507) -> str:
+    draw = random.Random(seed)
+    nouns, verbs = ["head", "token", "value", "graph", "margin"], ["sees", "mixes", "moves", "keeps"]
+    lines = (f"The {draw.choice(nouns)} {draw.choice(verbs)} a {draw.choice(nouns)}{draw.choice('.!?')}\n" for _ in itertools.count())
+    text = ""
+    while len(text) < characters:
+        text += next(lines)
+    return text[:characters]
+
+
+def text_data(folder: Path, characters: int = 8000) -> Path:
+    """A prepared data set of characters."""
+    text = sentences(characters)
+    known = "".join(sorted(set(text)))
+    ids, cut = np.array([known.index(character) for character in text]), characters * 9 // 10
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokens(folder, ids[:cut], ids[cut:], {"vocab_size": len(known), "tokenizer": {"type": "char", "characters": known}})
+    return folder
+
+
+def picture_data(folder: Path, seed: int = 0) -> Path:
+    """A prepared data set of pictures of two brightnesses, its classes."""
+    from pictures import PictureWriter
+
+    draw = np.random.default_rng(seed)
+    labels = {"train": np.arange(60) % 2, "val": np.arange(20) % 2}
+    with PictureWriter(folder, (3, 8, 8)) as writer:
+        for split, which in labels.items():
+            writer.add(split, (draw.integers(0, 128, (len(which), 192)) + 100 * which[:, None]).astype(np.uint8))
+        writer.finish(labels, ["dark", "bright"], "noise", {})
+    return folder
+
+
+def losses(out_dir: Path) -> dict:
+    """{(key, step): loss} of a run's log; a step may have each once only."""
+    found = [((key, row["step"]), row[key]) for row in read_metrics(out_dir) for key in ("train_loss", "val_loss") if row[key] is not None]
+    assert len(dict(found)) == len(found), "a step is in the log twice"
+    return dict(found)
+
+
+def tensors(directory: Path, name: str = "checkpoint.json") -> dict:
+    """{name: bytes} of weights and, if there, the optimizer's state; and step, losses and the like."""
+    meta = checkpoint.read_meta(directory, name)
+    found = {f"{kind} {key}": t.numpy().tobytes() for kind in meta["files"] for key, t in checkpoint._read_tensors(directory, meta, kind).items()}
+    return found | {key: meta[key] for key in ("step", "val_loss", "best_val_loss", "best_step", "evaluated")}
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def check_checkpoints(out: Path) -> int | None:
+    """last/ and best/, where they are, load with all their tensors; returns the step of last/."""
+    step = None
+    for name in ("best", "last"):
+        if (out / name / "checkpoint.json").exists():
+            found = tensors(out / name)
+            checkpoint.load_model(out, name)
+            step = found["step"] if name == "last" else step
+        if (out / name / checkpoint.PREVIOUS).exists():
+            assert tensors(out / name, checkpoint.PREVIOUS)["step"] <= step
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Kills
+
+
+def continued(out: Path) -> dict:
+    """The keys with which a run goes on: from its checkpoint, or from its start when it had none yet."""
+    return {"init_from": "resume"} if (out / "last" / "checkpoint.json").exists() else {"overwrite": True}
+
+
+def kills_in_training(folder: Path, draw: random.Random):
+    """kill -9 again and again, until the run is through: its log and its checkpoints are those of a run that nobody disturbed."""
+    data = {"text": text_data(folder / "text"), "pictures": picture_data(folder / "pictures")}
+    kinds = [(kind, arm) for arm in ARMS for kind in data]
+    undisturbed = {}
+    for number in itertools.count():
+        kind, arm = kinds[number % len(kinds)]
+        keys = TINY | NOISY | ARMS[arm] | {"dataset": data[kind]} | ({"patch_size": 4, "eval_tokens": 0} if kind == "pictures" else {})
+        if (kind, arm) not in undisturbed:
+            undisturbed[kind, arm] = folder / f"undisturbed-{kind}-{arm}"
+            succeed("train.py", options(keys | {"out_dir": undisturbed[kind, arm]}), folder / "io")
+        whole, out = undisturbed[kind, arm], folder / f"killed-{number}"
+        expected = losses(whole)
+        for attempt in itertools.count():
+            keys |= {"overwrite": False} | continued(out) | {"out_dir": out}
+            child = Child("train.py", options(keys), folder / "io")
+            phase = child.signal(signal.SIGKILL, draw.choice((None, 1, 2, 3, 4, 4)), draw) if attempt < 9 else None
+            check_checkpoints(out)
+            if (out / "metrics.jsonl").exists():
+                found = losses(out)
+                assert found.items() <= expected.items(), "other losses than an undisturbed run"
+            if phase is None:
+                status, _, err = child.wait()
+                assert status == 0, err[-2000:]
+                break
+            yield f"kill -9 while {phase}"
+        assert losses(out) == expected
+        for name in ("last", "best"):
+            assert tensors(out / name) == tensors(whole / name), "other tensors than an undisturbed run"
+        shutil.rmtree(out)
+
+
+def comparison(folder: Path) -> list:
+    """The command line of a small comparison of both arms, its data already there."""
+    keys = TINY | {"max_iters": 8, "eval_interval": 4, "n_layer": 1, "dropout": 0.1}
+    lines = [f"{key} = {value!r}" for key, value in (keys | {"dataset": str(text_data(folder / "text"))}).items()]
+    (folder / "base.py").write_text("\n".join(lines) + "\n")
+    (folder / "laplacian.py").write_text('base = "base.py"\ndiffusion = True\n')
+    return [folder / "base.py", folder / "laplacian.py", "--seeds=3"]
+
+
+def report(out: Path) -> tuple:
+    """What a report says, without times and places."""
+    found = json.loads((out / "report.json").read_text())
+    for arm in found["arms"].values():
+        for key in ("seconds", "ms", "tokens_per_s"):
+            del arm[key]
+            for cell in arm["cells"]:
+                cell.pop(key, None)
+    return found["arms"], found["pairs"]
+
+
+def kills_in_comparison(folder: Path, draw: random.Random):
+    """kill -9 again and again, until the comparison is through: its table is that of one that nobody disturbed."""
+    command = comparison(folder)
+    succeed("compare.py", [*command, f"--out_dir={folder / 'undisturbed'}", "--save_checkpoints=True"], folder / "io")
+    expected = report(folder / "undisturbed")
+    for number in itertools.count():
+        out = folder / f"killed-{number}"
+        for attempt in itertools.count():
+            child = Child("compare.py", [*command, f"--out_dir={out}", "--save_checkpoints=True"], folder / "io")
+            phase = child.signal(signal.SIGKILL, draw.choice((None, None, 1, 2, 3, 4)), draw, first=6) if attempt < 9 else None
+            cells = [json.loads(path.read_text()) for path in out.rglob("result.json")]  # whole, each of them
+            assert all("fingerprint" in cell for cell in cells)
+            for path in out.glob("cells/*/*"):
+                check_checkpoints(path)
+            if phase is None:
+                status, _, err = child.wait()
+                assert status == 0, err[-2000:]
+                break
+            yield "kill -9 in a comparison"
+        assert report(out) == expected, "another table than an undisturbed comparison"
+        shutil.rmtree(out)
+
+
+ENCODER = """
+import random, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import corpus
+from pathlib import Path
+from faults import Letters
+if __name__ == "__main__":
+    corpus.BLOCK, corpus.SHARD = 4_000, 8_000
+    corpus.write_corpus(corpus.Files([Path(sys.argv[1])]), Path(sys.argv[2]), 1, Letters)
+"""
+
+
+class Letters:
+    """An encoder for corpus.py that needs no vocabulary: bytes, and 256 as the end mark."""
+
+    vocab_size, tokenizer, end = 257, {"type": "bytes"}, 256
+
+    def encode_documents(self, texts):
+        return np.concatenate([np.append(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16), 256) for text in texts])
+
+
+def kills_in_preparation(folder: Path, draw: random.Random):
+    """kill -9 while new data replace old ones: what is there afterwards is the old set, the new one, or none; then it is prepared whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "corpus.py").write_text(ENCODER.format(root=str(ROOT), tests=str(TESTS)))
+    sources = {}
+    for age, seed in (("old", 1), ("new", 2)):
+        (folder / f"{age}.txt").write_text(sentences(300_000, seed))
+        documents = [json.dumps({"text": sentences(300, seed=1000 * seed + i)}) for i in range(120)]
+        (folder / f"{age}.jsonl").write_text("\n".join(documents))
+        _write_npz(folder / f"{age}-npz", seed)
+        sources[age] = {
+            "text": ("data/shakespeare_char/prepare.py", [f"--source={folder / f'{age}.txt'}"]),
+            "corpus": (str(folder / "corpus.py"), [str(folder / f"{age}.jsonl")]),
+            "pictures": ("data/imagenet16/prepare.py", [f"--source={folder / f'{age}-npz'}"]),
+        }
+
+    def command(age, kind, out):
+        script, words = sources[age][kind]
+        return script, [*words, str(out) if kind == "corpus" else f"--out_dir={out}"]
+
+    whole = {}
+    for age, kind in itertools.product(("old", "new"), sources["old"]):
+        succeed(*command(age, kind, folder / f"whole-{age}-{kind}"), folder / "io")
+        whole[age, kind] = {name: body for name, body in content(folder / f"whole-{age}-{kind}").items() if not name.startswith(".")}
+    longest = 0.3
+    for number in itertools.count():
+        kind, out = ("text", "corpus", "pictures")[number % 3], folder / f"killed-{number}"
+        shutil.copytree(folder / f"whole-old-{kind}", out)
+        for attempt in range(4):
+            began = time.monotonic()
+            child = Child(*command("new", kind, out), folder / "io")
+            if attempt < 3:
+                time.sleep(draw.uniform(0, longest))
+                child.process.kill()
+            status, _, err = child.wait()
+            found = {name: body for name, body in content(out).items() if not name.startswith(".")}
+            if "meta.json" in found:  # as what train.py would take it
+                try:
+                    Pictures(out, 4, 0, False, "cpu") if kind == "pictures" else Tokens(out, 8, "cpu")
+                finally:
+                    assert found in (whole["old", kind], whole["new", kind]), "a mixture of two data sets"
+            if status == 0:
+                longest = 0.7 * longest + 0.3 * (time.monotonic() - began)
+                break
+            assert status == -signal.SIGKILL, err[-2000:]
+            yield "kill -9 while preparing data"
+        assert found == whole["new", kind] and content(out).keys() == found.keys(), "something is left behind"
+        shutil.rmtree(out)
+
+
+def _write_npz(folder: Path, seed: int):
+    """ImageNet's .npz layout, small."""
+    draw = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, count in (("train_a", 300), ("train_b", 200), ("val", 60)):
+        labels = np.arange(count) % 3
+        arrays = {"data": draw.integers(0, 256, (count, 768), dtype=np.uint8), "labels": np.array([20, 450, 900])[labels], "labels200": labels}
+        np.savez(folder / f"{stem}.npz", **arrays)
+
+
+def kills_of_the_command_line(folder: Path, draw: random.Random):
+    """kill -9 of `python train.py` as a user starts it, at any moment from the first import on."""
+    keys = TINY | NOISY | ARMS["A - I"] | {"dataset": text_data(folder / "text"), "out_dir": folder / "undisturbed"}
+    succeed("train.py", options(keys), folder / "io")
+    expected = losses(folder / "undisturbed")
+    for number in itertools.count():
+        out = folder / f"killed-{number}"
+        while True:
+            command = [sys.executable, str(ROOT / "train.py"), *options(keys | {"out_dir": out} | continued(out))]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(draw.uniform(0, 6))
+            process.kill()
+            _, err = process.communicate()
+            check_checkpoints(out)
+            if (out / "metrics.jsonl").exists():
+                assert losses(out).items() <= expected.items()
+            if process.returncode == 0:
+                break
+            assert process.returncode == -signal.SIGKILL, err
+            yield "kill -9 of the command line"
+        assert losses(out) == expected and tensors(out / "last") == tensors(folder / "undisturbed" / "last")
+        yield "kill -9 of the command line"
