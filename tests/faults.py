@@ -5,6 +5,7 @@ silently wrong, it raises AssertionError. The scripts run unchanged (runpy, as `
 once, so that a try costs a tenth of a second and not three. What is patched in them are marks that say in what phase a process is, and the faults.
 """
 
+import codecs
 import contextlib
 import functools
 import itertools
@@ -13,6 +14,7 @@ import mmap
 import multiprocessing
 import os
 import random
+import resource
 import runpy
 import shutil
 import signal
@@ -33,6 +35,7 @@ import tqdm
 
 import checkpoint
 import dataset
+from configurator import InputError
 from dataset import Pictures, Tokens, write_tokens
 from metrics import read_metrics
 
@@ -439,3 +442,341 @@ def kills_of_the_command_line(folder: Path, draw: random.Random):
             yield "kill -9 of the command line"
         assert losses(out) == expected and tensors(out / "last") == tensors(folder / "undisturbed" / "last")
         yield "kill -9 of the command line"
+
+
+def _slow_steps():
+    """In the child: from the fifth forward pass on each takes half a minute, as a large batch does on a CPU."""
+    forward, passes = GPT.forward, itertools.count()
+
+    def slow(self, *args, **kwargs):
+        for _ in range(300 if next(passes) >= 5 else 0):
+            time.sleep(0.1)
+        return forward(self, *args, **kwargs)
+
+    GPT.forward = slow
+
+
+def _slow_disk(seconds: float = 0.05):
+    """In the child: a disk that takes its time for everything that must be safe."""
+    for name in ("fsync", "replace"):
+
+        def slow(*args, plain=getattr(os, name), **kwargs):
+            time.sleep(seconds)
+            return plain(*args, **kwargs)
+
+        setattr(os, name, slow)
+
+
+def sigterms(folder: Path, draw: random.Random):
+    """SIGTERM in any phase: the end within 10 s, and what an undisturbed run gives after going on."""
+    data = text_data(folder / "text")
+    (folder / "io").mkdir(parents=True, exist_ok=True)
+    command = comparison(folder / "compare")
+    succeed("compare.py", [*command, f"--out_dir={folder / 'table'}"], folder / "io")
+    (folder / "new.txt").write_text(sentences(300_000, 5))
+    for number in itertools.count():
+        arm = list(ARMS)[number % 3]
+        keys = TINY | NOISY | ARMS[arm] | {"dataset": data}
+        whole, out = folder / f"undisturbed-{arm}", folder / f"stopped-{number}"
+        if not whole.exists():
+            succeed("train.py", options(keys | {"out_dir": whole}), folder / "io")
+        for phase, setup in ((1, None), (2, None), (3, None), (4, _slow_disk), (4, None), (2, _slow_steps)):
+            if setup is _slow_steps and number % 3:
+                continue
+            child = Child("train.py", options(keys | continued(out) | {"out_dir": out}), folder / "io", setup)
+            if setup is _slow_steps:
+                while child.marks[3] < 3 and child.process.is_alive():
+                    time.sleep(0.05)
+            began = time.monotonic()
+            found = child.signal(signal.SIGTERM, phase, draw, first=6)
+            step = check_checkpoints(out)
+            assert time.monotonic() - began < 60
+            if found:
+                if child.process.exitcode == 143:  # else it had nothing to save yet
+                    assert f"stopped at step {step}" in (child.folder / "out").read_text()
+                yield f"SIGTERM while {found}" + (", a step of half a minute" if setup is _slow_steps else "")
+        succeed("train.py", options(keys | continued(out) | {"out_dir": out}), folder / "io")
+        expected, found = losses(whole), losses(out)
+        assert found.items() <= expected.items() and all(key in found for key in expected if key[0] == "val_loss")
+        assert tensors(out / "last") == tensors(whole / "last") and tensors(out / "best") == tensors(whole / "best")
+        shutil.rmtree(out)
+
+        table = folder / f"table-{number}"
+        child = Child("compare.py", [*command, f"--out_dir={table}"], folder / "io")
+        if child.signal(signal.SIGTERM, draw.choice((1, 2, 3)), draw, first=6):
+            yield "SIGTERM in a comparison"
+        succeed("compare.py", [*command, f"--out_dir={table}"], folder / "io")
+        assert report(table) == report(folder / "table")
+        shutil.rmtree(table)
+
+        prepared = folder / f"prepared-{number}"
+        child = Child("data/shakespeare_char/prepare.py", [f"--source={folder / 'new.txt'}", f"--out_dir={prepared}"], folder / "io")
+        time.sleep(draw.uniform(0, 0.15))
+        child.process.terminate()
+        status, _, err = child.wait()
+        assert status in (0, -signal.SIGTERM) and not err, err
+        if status:
+            succeed("data/shakespeare_char/prepare.py", [f"--source={folder / 'new.txt'}", f"--out_dir={prepared}"], folder / "io")
+            yield "SIGTERM while preparing data"
+        Tokens(prepared, 8, "cpu")
+        shutil.rmtree(prepared)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Disks
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str):
+    """A tmpfs at `folder`. Raises PermissionError where mounting is not allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True).returncode:
+        raise PermissionError("mounting a tmpfs is not allowed here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def can_mount(folder: Path) -> bool:
+    try:
+        with mounted(folder, "size=64k"):
+            return True
+    except (PermissionError, FileNotFoundError):
+        return False
+
+
+def _goes_on(folder: Path, keys: dict, out: Path, whole: Path, removed: bool = False):
+    """After a fault: the run goes on, or begins again, and ends as an undisturbed one; a row of the log that could not be written may lack.
+
+    removed: so may what somebody has removed, rows of the log and best/.
+    """
+    check_checkpoints(out)
+    if not (out / "last" / "checkpoint.json").exists() and out.exists():
+        keys = keys | {"overwrite": True}
+    succeed("train.py", options(keys | continued(out) | {"out_dir": out}), folder / "io")
+    expected, found = losses(whole), losses(out)
+    assert found.items() <= expected.items() and (removed or all(key in found for key in expected if key[0] == "val_loss"))
+    assert tensors(out / "last") == tensors(whole / "last")
+    if not removed or (out / "best").exists():
+        assert tensors(out / "best") == tensors(whole / "best")
+
+
+def full_disks(folder: Path, draw: random.Random):
+    """A disk that becomes full at any moment of training, comparing or preparing data: one line, what was there intact, and then it goes on."""
+    command = comparison(folder / "compare")
+    succeed("compare.py", [*command, f"--out_dir={folder / 'table'}"], folder / "io")
+    keys = TINY | NOISY | ARMS["A - I"] | {"dataset": text_data(folder / "text")}
+    succeed("train.py", options(keys | {"out_dir": folder / "whole"}), folder / "io")
+    (folder / "old.txt").write_text(sentences(20_000, 3))
+    (folder / "new.txt").write_text(sentences(60_000, 4))
+    for number in itertools.count():
+        disk = folder / f"disk-{number}"
+        with mounted(disk, f"size={4 * draw.randint(5, 120)}k"):
+            result = run("train.py", options(keys | {"out_dir": disk / "run"}), folder / "io")
+            if result[0]:
+                one_line(result, "No space left on device")
+                yield "a full disk while training"
+            subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+            if result[0]:
+                _goes_on(folder, keys, disk / "run", folder / "whole")
+        with mounted(disk, f"size={4 * draw.randint(2, 60)}k"):
+            result = run("compare.py", [*command, f"--out_dir={disk / 'table'}"], folder / "io")
+            if result[0]:
+                one_line(result, "No space left on device")
+                yield "a full disk while comparing"
+            subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+            succeed("compare.py", [*command, f"--out_dir={disk / 'table'}"], folder / "io")
+            assert report(disk / "table") == report(folder / "table")
+        script, out = "data/shakespeare_char/prepare.py", disk / "data"
+        with mounted(disk, "size=16m"):
+            succeed(script, [f"--source={folder / 'old.txt'}", f"--out_dir={out}"], folder / "io")
+            (out / "input.txt").unlink()
+            before = content(out)
+            taken = sum(-(-len(body) // 4096) * 4096 for body in before.values())
+            subprocess.run(["mount", "-o", f"remount,size={taken // 1024 + 4 * draw.randint(1, 44)}k", str(disk)], check=True)
+            result = run(script, [f"--source={folder / 'new.txt'}", f"--out_dir={out}"], folder / "io")
+            if result[0]:
+                one_line(result, "No space left on device")
+                assert content(out) == before
+                yield "a full disk while preparing data"
+
+
+def _small_files(size: int):
+    """In the child: no file may grow beyond this size, as under a quota."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def _nobody():
+    """In the child: a user who owns nothing. (What is imported later must not lie in the home of another: this codec does.)"""
+    codecs.lookup("utf-32-le")
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+def bad_disks(folder: Path, draw: random.Random):
+    """Quotas, read-only and forbidden directories, directories that disappear or become files, and slow disks."""
+    keys = TINY | NOISY | ARMS["A - I"] | {"dataset": text_data(folder / "text")}
+    whole = folder / "whole"
+    succeed("train.py", options(keys | {"out_dir": whole}), folder / "io")
+    for number in itertools.count():
+        out = folder / f"run-{number}"
+        sizes = [path.stat().st_size for path in whole.rglob("*") if path.is_file()]
+        result = run("train.py", options(keys | {"out_dir": out}), folder / "io", functools.partial(_small_files, draw.randint(100, max(sizes) - 1)))
+        one_line(result, "File too large")
+        _goes_on(folder, keys, out, whole)
+        yield "files limited in size"
+        shutil.rmtree(out)
+
+        child = Child("train.py", options(keys | {"out_dir": out}), folder / "io")
+        while child.marks[3] < draw.randint(2, 30) and child.process.is_alive():
+            time.sleep(0.001)
+        os.kill(child.process.pid, signal.SIGSTOP)
+        running, missing = child.process.is_alive(), draw.choice(("the whole directory", "last", "the log"))
+        if missing == "last":
+            shutil.rmtree(out / "last", ignore_errors=True)
+            (out / "last").write_text("not a directory")
+        elif missing == "the log":
+            (out / "metrics.jsonl").unlink()
+        else:
+            os.rename(out, folder / "elsewhere")
+            shutil.rmtree(folder / "elsewhere")
+        os.kill(child.process.pid, signal.SIGCONT)
+        result = child.wait()
+        if running and result[0]:
+            message = one_line(result, str(out))
+            if missing == "last":
+                (out / "last").unlink()
+                shutil.rmtree(out)
+            else:
+                assert "--init_from=resume continues" in message
+            _goes_on(folder, keys, out, whole, removed=True)
+            yield f"{missing} removed while training" if missing != "last" else "a file in the place of last/"
+        shutil.rmtree(out, ignore_errors=True)
+
+        succeed("train.py", options(keys | {"out_dir": out}), folder / "io", functools.partial(_slow_disk, 0.003))
+        assert losses(out) == losses(whole) and tensors(out / "last") == tensors(whole / "last")
+        shutil.rmtree(out)
+        yield "a slow disk"
+
+        if can_mount(folder / "mount"):
+            with mounted(folder / "mount", "ro"):
+                for script, words in (
+                    ("train.py", options(keys | {"out_dir": folder / "mount" / "run"})),
+                    ("compare.py", [*comparison(folder / "compare"), f"--out_dir={folder / 'mount' / 'table'}"]),
+                    ("data/shakespeare_char/prepare.py", [f"--source={folder / 'compare' / 'base.py'}", f"--out_dir={folder / 'mount' / 'data'}"]),
+                ):
+                    one_line(run(script, words, folder / "io"), "Read-only file system", str(folder / "mount"))
+                    yield "a read-only disk"
+        if os.getuid() == 0:
+            (folder / "closed").mkdir(mode=0o700, exist_ok=True)
+            for path in (folder, *folder.parents):
+                if path.stat().st_uid == 0 and not path.stat().st_mode & 1:
+                    path.chmod(path.stat().st_mode | 0o55)
+            for script, words in (
+                ("train.py", options(keys | {"out_dir": folder / "closed" / "run"})),
+                ("train.py", options(keys | {"dataset": folder / "closed"})),
+                ("sample.py", [f"--out_dir={folder / 'closed'}"]),
+                ("data/shakespeare_char/prepare.py", [f"--source={folder / 'compare' / 'base.py'}", f"--out_dir={folder / 'closed' / 'data'}"]),
+            ):
+                one_line(run(script, words, folder / "io", _nobody))
+                yield "permission denied"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Damage
+
+
+def damaged(whole: bytes, draw: random.Random, others: list[bytes]) -> tuple[str, bytes]:
+    """The bytes of a file with something wrong in them, and what."""
+    place, length = draw.randrange(len(whole)), draw.choice((1, 2, 8, 64, 512))
+    kinds = {
+        "a flipped bit": whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :],
+        "cut short": whole[:place],
+        "zeros": whole[:place] + bytes(len(whole[place : place + length])) + whole[place + length :],
+        "noise": whole[:place] + draw.randbytes(len(whole[place : place + length])) + whole[place + length :],
+        "bytes left out": whole[:place] + whole[place + length :],
+        "bytes too many": whole[:place] + draw.randbytes(length) + whole[place:],
+        "another file": draw.choice(others),
+        "empty": b"",
+    }
+    kind = draw.choice(list(kinds))
+    return kind, kinds[kind]
+
+
+def damaged_checkpoints(folder: Path, draw: random.Random):
+    """Any region of any file of a checkpoint: the same bits, the checkpoint before it with a warning that names both, or a refusal by name."""
+    keys = TINY | NOISY | ARMS["A - I"] | {"dataset": text_data(folder / "text"), "out_dir": folder / "run"}
+    succeed("train.py", options(keys), folder / "io")
+    best, last = folder / "run" / "best", folder / "run" / "last"
+    for path in (best, last):
+        (path / "notes.txt").unlink(missing_ok=True)
+    intact = {path: content(path) for path in (best, last)}
+    right = {(path, name): tensors(path, name) for path, name in ((best, "checkpoint.json"), (last, "checkpoint.json"), (last, checkpoint.PREVIOUS))}
+    assert right[last, "checkpoint.json"]["step"] > right[last, checkpoint.PREVIOUS]["step"]
+    warnings = folder / "warnings"
+    for number in itertools.count():
+        directory = (last, last, best)[number % 3]
+        name = draw.choice(list(intact[directory]))
+        kind, body = damaged(intact[directory][name], draw, [other for path in intact for key, other in intact[path].items() if "json" not in key])
+        (directory / name).write_bytes(body)
+        try:
+            with open(warnings, "w") as file, contextlib.redirect_stderr(file):
+                meta = checkpoint.readable(directory, "model", "optimizer")
+            said = warnings.read_text()
+            found = "checkpoint.json" if not said else checkpoint.PREVIOUS
+            assert tensors(directory, found) == right[directory, found] and meta["step"] == right[directory, found]["step"], (name, kind)
+            if said:
+                assert said.startswith("warning: ") and said.count("\n") == 1 and str(directory / checkpoint.PREVIOUS) in said, said
+                assert name in said or (name != "checkpoint.json" and "checkpoint.json" in said), said
+        except InputError as error:  # best/ has no checkpoint before it
+            assert directory == best and str(directory / name) in str(error), (name, kind, str(error))
+        finally:
+            (directory / name).write_bytes(intact[directory][name])
+        yield "a damaged checkpoint: fallen back or refused by name" if said or directory == best else "a damaged checkpoint: the same bits"
+
+
+def damaged_last(folder: Path, draw: random.Random):
+    """The command line with a damaged last/: it goes on from the checkpoint before it, exactly."""
+    keys = TINY | NOISY | ARMS["A - I"] | {"dataset": text_data(folder / "text")}
+    whole, half = folder / "whole", folder / "half"
+    succeed("train.py", options(keys | {"out_dir": whole}), folder / "io")
+    succeed("train.py", options(keys | {"out_dir": half, "max_iters": 24, "lr_decay_iters": 40}), folder / "io")
+    for number in itertools.count():
+        out = folder / f"run-{number}"
+        shutil.copytree(half, out)
+        name = draw.choice([path.name for path in (out / "last").iterdir() if path.suffix != ".json" and "000024" in path.name] + ["checkpoint.json"])
+        _, body = damaged((out / "last" / name).read_bytes(), draw, [b"another"])
+        (out / "last" / name).write_bytes(body)
+        status, _, err = run("train.py", options(keys | {"out_dir": out, "init_from": "resume"}), folder / "io")
+        assert status == 0, err
+        if err:
+            assert err.startswith("warning: ") and name in err and f"step 16 of {out / 'last' / checkpoint.PREVIOUS}" in err, err
+        assert losses(out) == losses(whole) and tensors(out / "last") == tensors(whole / "last")
+        shutil.rmtree(out)
+        yield "last/ damaged, resumed exactly from the one before"
+
+
+def damaged_data(folder: Path, draw: random.Random):
+    """Any region of the files of a data set, or of a comparison's cells: the same batches, or a refusal by name."""
+    sets = {text_data(folder / "text"): lambda path: Tokens(path, 8, "cpu"), picture_data(folder / "p"): lambda path: Pictures(path, 4, 0, False, "cpu")}
+    intact = {path: content(path) for path in sets}
+
+    def all_of(data) -> dict:
+        found = {key: value for key, value in vars(data).items() if key in ("vocab_size", "tokenizer", "checksum", "n_classes", "image_size")}
+        parts = {name: part if isinstance(part, tuple) else (part,) for name, part in data.split.items()}
+        return found | {name: [t.numpy().tobytes() for t in part] for name, part in parts.items()}
+
+    right = {path: all_of(read(path)) for path, read in sets.items()}
+    for number in itertools.count():
+        path = list(sets)[number % 2]
+        name = draw.choice(list(intact[path]))
+        kind, body = damaged(intact[path][name], draw, [other for some in intact.values() for other in some.values()])
+        (path / name).write_bytes(body)
+        try:
+            assert all_of(sets[path](path)) == right[path], (name, kind)
+        except InputError as error:
+            assert str(path) in str(error) and str(error).isprintable(), (name, kind, str(error))
+        finally:
+            (path / name).write_bytes(intact[path][name])
+        yield "a damaged data set"
