@@ -309,6 +309,9 @@ def build(cls, files: list[str], options: list[tuple[str, str]]):
             args += file_args
     check_keys([key for key, _ in options], known)
     config = _parse(cls, args + [f"--{key}={value}" for key, value in options], "")
+    for key, value in vars(config).items():
+        if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):  # neither a file's name nor JSON can hold it
+            raise InputError(f"--{key}={value[:200]} is no text: it has a zero byte or is not UTF-8")
     return config.check() if hasattr(config, "check") else config
 
 

@@ -8,11 +8,15 @@ once, so that a try costs a tenth of a second and not three. What is patched in 
 import codecs
 import contextlib
 import functools
+import io
 import itertools
 import json
+import lzma
+import math
 import mmap
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import runpy
@@ -20,8 +24,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -38,6 +44,7 @@ import dataset
 from configurator import InputError
 from dataset import Pictures, Tokens, write_tokens
 from metrics import read_metrics
+from model import GPT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # the last two are what torch loads when the first model is made
@@ -458,13 +465,13 @@ def _slow_steps():
 
 def _slow_disk(seconds: float = 0.05):
     """In the child: a disk that takes its time for everything that must be safe."""
+
+    def slow(plain, *args, **kwargs):
+        time.sleep(seconds)
+        return plain(*args, **kwargs)
+
     for name in ("fsync", "replace"):
-
-        def slow(*args, plain=getattr(os, name), **kwargs):
-            time.sleep(seconds)
-            return plain(*args, **kwargs)
-
-        setattr(os, name, slow)
+        setattr(os, name, functools.partial(slow, getattr(os, name)))
 
 
 def sigterms(folder: Path, draw: random.Random):
@@ -759,7 +766,10 @@ def damaged_last(folder: Path, draw: random.Random):
 
 def damaged_data(folder: Path, draw: random.Random):
     """Any region of the files of a data set, or of a comparison's cells: the same batches, or a refusal by name."""
-    sets = {text_data(folder / "text"): lambda path: Tokens(path, 8, "cpu"), picture_data(folder / "p"): lambda path: Pictures(path, 4, 0, False, "cpu")}
+    sets = {
+        text_data(folder / "text"): lambda path: Tokens(path, 8, "cpu"),
+        picture_data(folder / "p"): lambda path: Pictures(path, 4, 0, False, "cpu"),
+    }
     intact = {path: content(path) for path in sets}
 
     def all_of(data) -> dict:
@@ -780,3 +790,434 @@ def damaged_data(folder: Path, draw: random.Random):
         finally:
             (path / name).write_bytes(intact[path][name])
         yield "a damaged data set"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def _poison(step: int, parameter: int, value: float):
+    """In the child: one element of the gradient of a parameter is not a number at this optimizer step (from 1)."""
+    clip, steps = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def poisoned(parameters, *args):
+        parameters = list(parameters)
+        if next(steps) == step:
+            parameters[parameter % len(parameters)].grad.view(-1)[0] = value
+        return clip(parameters, *args)
+
+    torch.nn.utils.clip_grad_norm_ = poisoned
+
+
+def divergence(folder: Path, draw: random.Random):
+    """A gradient that is not finite at any step in any parameter: the end with step, layer norms and the checkpoint before, which goes on."""
+    data = text_data(folder / "text")
+    for number in itertools.count():
+        arm, step, value = list(ARMS)[number % 3], draw.randint(1, 40), draw.choice((math.nan, math.inf, -math.inf))
+        keys = TINY | NOISY | ARMS[arm] | {"dataset": data, "log_interval": draw.choice((1, 10))}
+        whole, out = folder / f"undisturbed-{arm}", folder / f"run-{number}"
+        if not whole.exists():
+            succeed("train.py", options(keys | {"out_dir": whole, "log_interval": 1}), folder / "io")
+        result = run("train.py", options(keys | {"out_dir": out}), folder / "io", functools.partial(_poison, step, draw.randrange(1000), value))
+        before = (step - 1) // 8 * 8
+        there = f"{out / 'last'} of step {before} is from before it" if before else "there is no checkpoint from before it"
+        message = one_line(result, f"step {step}: loss", "gradient norm", "not finite", "h.0 ", "h.1 ", "wte ", "ln_f ", there, status=1)
+        assert "nan" in message or "inf" in message
+        assert check_checkpoints(out) == (before or None)
+        if before:
+            succeed("train.py", options(keys | {"out_dir": out, "init_from": "resume"}), folder / "io")
+            assert tensors(out / "last") == tensors(whole / "last")
+        shutil.rmtree(out)
+        yield "a gradient that is not finite"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Processes
+
+DYING = """
+import os, runpy, signal, sys
+from dataset import Tokens
+batch, calls, call, way = Tokens.batch, [0], int(sys.argv[1]), sys.argv[2]
+def dying(self, drawn):
+    calls[0] += 1
+    if os.environ["RANK"] == "1" and calls[0] == call:
+        if way == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("this rank has had enough")
+    return batch(self, drawn)
+Tokens.batch = dying
+sys.argv = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def dying_ranks(folder: Path, draw: random.Random):
+    """One of two processes dies, by kill -9 or by an error of its own: the other ends within a minute, the cause is shown, the run goes on."""
+    keys = TINY | NOISY | ARMS["A - I"] | {"dataset": text_data(folder / "text")}
+    (folder / "dying.py").write_text(DYING)
+    for number in itertools.count():
+        out, way = folder / f"run-{number}", ("error", "kill")[number % 2]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", folder / "dying.py", draw.randint(10, 38), way]
+        command = [*map(str, launch), str(ROOT / "train.py"), *options(keys | {"out_dir": out})]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        began = time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+        assert time.monotonic() - began < 60 + 20, "more than a minute after the start-up"
+        assert done.returncode != 0
+        cause = "ValueError: this rank has had enough" if way == "error" else "Signal 9 (SIGKILL)"
+        assert cause in done.stderr and "rank      : 1" in done.stderr, done.stderr
+        assert check_checkpoints(out) in (8, 16, 24, 32)
+        succeed("train.py", options(keys | {"out_dir": out, "init_from": "resume"}), folder / "io")
+        shutil.rmtree(out)
+        yield f"a rank of two that dies by {'kill -9' if way == 'kill' else 'an error'}"
+
+
+def locks(folder: Path, draw: random.Random):
+    """A directory in which a training lives is refused and stays as it is; a killed one holds nothing."""
+    keys = TINY | {"dataset": text_data(folder / "text"), "max_iters": 100_000, "eval_interval": 100_000, "decay_lr": False}
+    for number in itertools.count():
+        out = folder / f"run-{number}"
+        owner = Child("train.py", options(keys | {"out_dir": out}), folder / "owner")
+        while owner.marks[3] < 5:
+            time.sleep(0.01)
+        os.kill(owner.process.pid, signal.SIGSTOP)
+        before = content(out)
+        for more in ({"overwrite": True}, {}):
+            one_line(run("train.py", options(keys | {"out_dir": out} | more), folder / "io"), "another training is writing", str(out))
+        assert content(out) == before
+        owner.process.kill()
+        owner.process.join()
+        succeed("train.py", options(keys | {"out_dir": out, "overwrite": True, "max_iters": 3, "warmup_iters": 1}), folder / "io")
+        shutil.rmtree(out)
+        yield "two trainings in one directory"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Input
+
+ODD = [
+    "",
+    " ",
+    "\n",
+    "\t",
+    "a\nb",
+    "\x1b[31m",
+    "é",
+    "\U0001f600",
+    "\u202e",
+    "\ud800",
+    "--",
+    "-",
+    "=",
+    "==",
+    "/",
+    "..",
+    "~",
+    "*",
+    "$HOME",
+    "None",
+    "nan",
+]
+ODD += [
+    "inf",
+    "-inf",
+    "1e999",
+    "-1",
+    "0",
+    "1e-400",
+    "9" * 30,
+    "0x10",
+    "١",
+    "True",
+    "[1]",
+    "{}",
+    "()",
+    "a" * 300,
+    "a/" * 200,
+    "'",
+    '"',
+    "\\",
+    "%s",
+    "\x7f",
+]
+
+
+def odd_text(draw: random.Random, longest: int = 12) -> str:
+    """Any text without zero bytes, which a command line cannot have."""
+    parts = [draw.choice(ODD) if draw.random() < 0.5 else chr(draw.choice((draw.randint(1, 127), draw.randint(1, 0x10FFFF)))) for _ in range(longest)]
+    return "".join(parts[: draw.randint(0, longest)])
+
+
+def _bench_config():
+    import bench
+
+    return bench.BenchConfig
+
+
+def odd_command_lines(folder: Path, draw: random.Random):
+    """Any key, any text, for every script: a config, or one line."""
+    import classify  # noqa: F401  (so that a folder without it is told here)
+    from compare import parse
+    from configurator import TrainConfig, configure, field_names, one_line_errors
+    from sample import SampleConfig
+
+    data = text_data(folder / "text")
+    succeed("train.py", options(TINY | {"dataset": data, "out_dir": folder / "run", "max_iters": 8}), folder / "io")
+    (folder / "base.py").write_text("max_iters = 3\n")
+    targets = [(cls, functools.partial(configure, cls)) for cls in (TrainConfig, SampleConfig, _bench_config())]
+    targets.append((TrainConfig, lambda words: parse([str(folder / "base.py"), *words, f"--out_dir={folder / 'table'}"])))
+    for number in itertools.count():
+        cls, target = targets[number % len(targets)]
+        words = []
+        for _ in range(draw.randint(1, 3)):
+            key = draw.choice(field_names(cls)) if draw.random() < 0.8 else odd_text(draw, 4)
+            value = odd_text(draw, 3) if draw.random() < 0.7 else str(draw.choice((draw.randint(-5, 5), draw.random() * 10 ** draw.randint(-5, 30))))
+            words += draw.choice(([f"--{key}={value}"], [f"--{key}", value], [value, f"--{key}={value}"], [f"{value}.py"]))
+        said = folder / "said"
+        with open(said, "w", errors="backslashreplace") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+            try:
+                with one_line_errors():
+                    target([word for word in words if "-h" not in word])
+                status = 0
+            except SystemExit as stop:
+                status = stop.code
+        err = said.read_text()
+        assert (status, err) == (0, "") or (status == 2 and err.startswith("error: ") and err.count("\n") == 1 and err[:-1].isprintable()), (
+            words,
+            err,
+        )
+        yield "an odd command line"
+        if number % 20 == 0:  # names that pass: the whole script
+            key, value = draw.choice(("dataset", "out_dir", "init_from")), odd_text(draw, 4)
+            keys = TINY | {"dataset": data, "out_dir": folder / "odd", "max_iters": 1, "warmup_iters": 0, "overwrite": True}
+            if key == "out_dir":
+                value = str(folder / "odd") + "/" + value.replace("..", "").replace("~", "")
+            result = run("train.py", options(keys | {key: value.strip("/") if key != "out_dir" else value}), folder / "io")
+            assert result[0] == 0 or one_line(result), value
+            shutil.rmtree(folder / "odd", ignore_errors=True)
+            yield "an odd name of a file"
+        if number % 20 == 10:
+            prompt = draw.choice(("", odd_text(draw), sentences(draw.randint(1, 400)), "FILE:" + odd_text(draw, 3), "T" * 5000))
+            words = [f"--out_dir={folder / 'run'}", f"--start={prompt}", "--max_new_tokens=3", "--num_samples=1", "--device=cpu"]
+            result = run("sample.py", words, folder / "io")
+            assert result[0] == 0 or one_line(result), prompt
+            yield "an odd prompt"
+
+
+def odd_sources(folder: Path, draw: random.Random):
+    """Texts and pictures that are not what a preparation hopes for: a data set that loads, or one line and nothing changed."""
+    from PIL import Image
+
+    (folder / "corpus.py").write_text(ENCODER.format(root=str(ROOT), tests=str(TESTS)))
+    some = sentences(3000).encode()
+    texts = {
+        "empty": b"", "binary": bytes(range(256)) * 40, "one character": b"x" * 5000, "one letter": b"x", "one document": some,
+        "a line of 10 MB": b"word " * 2_000_000, "no newline": some.replace(b"\n", b" "), "CRLF": some.replace(b"\n", b"\r\n"),
+        "invalid UTF-8": some + b"\xff\xfe" + some, "a byte order mark": b"\xef\xbb\xbf" + some, "zeros": bytes(5000),
+        "UTF-16": some.decode().encode("utf-16"), "half a surrogate": b"\xed\xa0\x80" * 500, "a JSON bomb": b"[" * 100_000,
+        "lines of JSON": b'{"text": "a"}\n' * 50, "other JSON": b'{"tixt": 1}\n[]\n7\n',
+    }  # fmt: skip
+
+    def picture_folder(kind: str) -> Path:
+        root = folder / f"pictures {kind}"
+        shutil.rmtree(root, ignore_errors=True)
+        for split, name in itertools.product(("train", "val"), ("cat",) if kind == "one class" else ("cat", "dog")):
+            for i in range(3):
+                path = root / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                side = 1 if kind == "1 x 1" else 20
+                mode = "RGBA" if kind == "alpha channel" else "L" if kind == "grey" else "RGB"
+                channels = {"RGBA": (4,), "L": (), "RGB": (3,)}[mode]
+                noise = np.frombuffer(draw.randbytes(side * side * math.prod(channels)), np.uint8).reshape(side, side, *channels)
+                Image.fromarray(noise, mode).save(path)
+        victim = root / "train" / "cat" / "0.png"
+        if kind == "corrupt JPEG":
+            Image.new("RGB", (64, 64)).save(victim.with_suffix(".jpg"), quality=90)
+            body = bytearray(victim.with_suffix(".jpg").read_bytes())
+            for _ in range(20):
+                body[draw.randrange(2, len(body))] = draw.randrange(256)
+            victim.with_suffix(".jpg").write_bytes(body[: draw.randint(3, len(body))])
+        elif kind == "not a picture":
+            victim.write_bytes(draw.randbytes(300))
+        elif kind == "empty file":
+            victim.write_bytes(b"")
+        elif kind == "a bomb":
+            Image.new("1", (30_000, 30_000)).save(victim)
+        elif kind == "a link out":
+            victim.unlink()
+            victim.symlink_to("/etc/passwd")
+        return root
+
+    kinds = ("corrupt JPEG", "one class", "alpha channel", "1 x 1", "grey", "not a picture", "empty file", "a bomb", "a link out")
+    for number in itertools.count():
+        out = folder / f"out-{number}"
+        for name, body in texts.items():
+            suffix = draw.choice((".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".tar", ".xz", ".parquet", ".jsonl.zst"))
+            (folder / f"source{suffix}").write_bytes(body)
+            (folder / "wikitext").mkdir(exist_ok=True)
+            for part in ("train", "valid"):
+                (folder / "wikitext" / f"{part}.txt").write_bytes(body)
+            for script, words in (
+                ("data/shakespeare_char/prepare.py", [f"--source={folder / f'source{suffix}'}", f"--out_dir={out}"]),
+                (str(folder / "corpus.py"), [folder / f"source{suffix}", out]),
+                ("data/wikitext2_char/prepare.py", [f"--source={folder / 'wikitext'}", f"--out_dir={out}"]),
+            ):
+                result = run(script, words, folder / "io")
+                if result[0]:
+                    assert script.endswith("corpus.py") or one_line(result), (name, result)
+                    assert result[2].rstrip().rpartition("\n")[2].startswith(("error: ", "configurator.InputError: ")), (name, result)
+                    assert not out.exists() or not content(out), (name, script, content(out).keys())
+                else:
+                    Tokens(out, 1, "cpu")
+                shutil.rmtree(out, ignore_errors=True)
+                yield "an odd text"
+            (folder / f"source{suffix}").unlink()
+        for kind in kinds:
+            result = run("data/imagenet16/prepare.py", [f"--source={picture_folder(kind)}", f"--out_dir={out}"], folder / "io")
+            if result[0]:
+                one_line(result)
+                assert not out.exists() or not content(out)
+            else:
+                Pictures(out, 4, 0, False, "cpu")
+            shutil.rmtree(out, ignore_errors=True)
+            yield "an odd folder of pictures"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Files that would run something
+
+
+class Payload:
+    """Unpickling this makes a file."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def hostile_files(folder: Path, draw: random.Random):
+    """A pickle in the place of every file that is read, and archives that lead out of their folder: nothing runs, nothing appears, one line."""
+    mark = folder / "mark"
+    evil = pickle.dumps(Payload(mark), protocol=2)
+    torch.save({"model": Payload(mark), "model_args": {}}, folder / "zip")
+    pickle.loads(evil)
+    assert mark.exists()  # the payload works
+    mark.unlink()
+    keys = TINY | {"dataset": text_data(folder / "text"), "out_dir": folder / "run", "max_iters": 16}
+    succeed("train.py", options(keys), folder / "io")
+    last, meta = folder / "run" / "last", checkpoint.read_meta(folder / "run" / "last")
+    before = content(folder / "run")
+    resume = options(keys | {"init_from": "resume", "max_iters": 20})
+    while True:
+        for body in (evil, (folder / "zip").read_bytes()):
+            for kind, script, words in (
+                ("model", "train.py", resume), ("optimizer", "train.py", resume),
+                ("model", "sample.py", [f"--out_dir={folder / 'run'}", "--which=last"]),
+            ):  # fmt: skip
+                path = last / meta["files"][kind]["name"]
+                path.write_bytes(body)
+                changed = json.loads((last / "checkpoint.json").read_text())
+                changed["files"][kind]["sha256"] = dataset.sha256_of(path)
+                changed["sha256"] = checkpoint._checksum(changed)
+                (last / "checkpoint.json").write_text(json.dumps(changed))
+                one_line(run(script, words, folder / "io"), str(path))
+                assert not mark.exists()
+                for name in ("checkpoint.json", path.name):
+                    (last / name).write_bytes(before[f"last/{name}"])
+                yield "a pickle for a checkpoint"
+            (folder / "ckpt.pt").write_bytes(body)
+            one_line(run("train.py", options(keys | {"out_dir": folder / "new", "init_from": folder / "ckpt.pt"}), folder / "io"), "ckpt.pt")
+            yield "a pickle for nanoGPT's checkpoint"
+            hub = folder / "hub"
+            hub.mkdir(exist_ok=True)
+            (hub / "config.json").write_text('{"model_type": "gpt2", "auto_map": {"AutoModel": "evil.Evil"}}')
+            (hub / "pytorch_model.bin").write_bytes(body)
+            (hub / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n")
+            one_line(run("train.py", options(keys | {"out_dir": folder / "new", "init_from": hub}), folder / "io"), str(hub))
+            yield "a pickle and a program for a folder of transformers"
+            for layout in ("batches", "npz", "object array"):
+                source = folder / layout
+                shutil.rmtree(source, ignore_errors=True)
+                if layout == "batches":
+                    source.mkdir()
+                    for name in (*(f"train_data_batch_{i}" for i in range(1, 11)), "val_data"):
+                        (source / name).write_bytes(body)
+                else:
+                    _write_npz(source, 1)
+                    (source / "train_a.npz").write_bytes(body)
+                    if layout == "object array":
+                        np.savez(source / "train_a.npz", data=np.array([Payload(mark)], dtype=object), labels=np.array([1]), labels200=np.array([0]))
+                one_line(run("data/imagenet16/prepare.py", [f"--source={source}", f"--out_dir={folder / 'new'}"], folder / "io"))
+                assert not (folder / "new").exists() or not content(folder / "new")
+                yield f"a pickle for ImageNet's {'batches' if layout == 'batches' else '.npz'}"
+            for name in ("metrics.jsonl", "last/checkpoint.json", "last/previous.json"):
+                (folder / "run" / name).write_bytes(body)
+                run("train.py", resume, folder / "io")
+                shutil.rmtree(folder / "run")
+                for path, old in before.items():
+                    (folder / "run" / path).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / "run" / path).write_bytes(old)
+                yield "a pickle for JSON"
+            assert not mark.exists() and not (folder / "new").exists()
+        for name in ("../escaped.txt", str(folder / "escaped.txt"), "a/../../escaped.txt"):
+            with tarfile.open(folder / "a.tar", "w") as archive, zipfile.ZipFile(folder / "Imagenet16_train.zip", "w") as packed:
+                for member, type_ in (
+                    (name, tarfile.REGTYPE),
+                    ("link.txt", tarfile.SYMTYPE),
+                    ("hard.txt", tarfile.LNKTYPE),
+                    ("good.txt", tarfile.REGTYPE),
+                ):
+                    info = tarfile.TarInfo(member)
+                    info.type, info.linkname, info.size = type_, str(folder / "a.tar"), 5 if type_ == tarfile.REGTYPE else 0
+                    archive.addfile(info, io.BytesIO(b"hello"))
+                    packed.writestr(member, b"hello")
+            (folder / "Imagenet16_val.zip").write_bytes((folder / "Imagenet16_train.zip").read_bytes())
+            (folder / "corpus.py").write_text(ENCODER.format(root=str(ROOT), tests=str(TESTS)))
+            run(folder / "corpus.py", [folder / "a.tar", folder / "new"], folder / "io")  # one document is left, too few
+            both = f"{folder / 'Imagenet16_train.zip'},{folder / 'Imagenet16_val.zip'}"
+            one_line(run("data/imagenet16/prepare.py", [f"--source={both}", f"--out_dir={folder / 'new'}"], folder / "io"))
+            assert not list(folder.rglob("escaped.txt")) and not (folder.parent / "escaped.txt").exists() and not (folder / "new").exists()
+            yield "an archive that leads out of its folder"
+        with lzma.open(folder / "bomb.jsonl.xz", "w") as file:
+            for _ in range(40):
+                file.write(bytes(10_000_000))
+        status, _, err = run(folder / "corpus.py", [folder / "bomb.jsonl.xz", folder / "new"], folder / "io")
+        assert status and "unpacks to more than" in err and not (folder / "new").exists(), err
+        yield "a bomb"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# A long run
+
+
+def long_run(folder: Path, steps: int, eval_interval: int = 50) -> Child:
+    """Starts a run of many short steps and evaluations, which `resources` watches and `finish_long_run` ends."""
+    keys = TINY | NOISY | ARMS["A - I"] | {"dataset": text_data(folder / "text"), "out_dir": folder / "run", "max_iters": steps}
+    keys |= {"eval_interval": eval_interval, "log_interval": 10, "learning_rate": 1e-3, "always_save_checkpoint": False}
+    return Child("train.py", options(keys), folder / "io")
+
+
+def resources(child: Child) -> tuple[int, int]:
+    """Resident bytes and open files of a process."""
+    pages = int(Path(f"/proc/{child.process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{child.process.pid}/fd"))
+
+
+def finish_long_run(child: Child, folder: Path, samples: list[tuple[int, int]]) -> str:
+    """Ends it by SIGTERM if it still runs. Memory, files and the log must be as they should; returns them in words."""
+    child.process.terminate()
+    status, _, err = child.wait()
+    assert status in (0, 143) and not err, err
+    tenth = max(1, len(samples) // 10)
+    early, late = (max(memory for memory, _ in part) for part in (samples[tenth : 2 * tenth + 1], samples[-tenth:]))
+    files = {files for _, files in samples[tenth:]}
+    rows = read_metrics(folder / "run")
+    step = checkpoint.read_meta(folder / "run" / "last")["step"]
+    logged, evaluated = ([row["step"] for row in rows if row[key] is not None] for key in ("train_loss", "val_loss"))
+    assert logged[:-1] == list(range(10, logged[-1], 10)) and logged[-1] == step, "rows are missing"
+    assert evaluated == list(range(0, evaluated[-1] + 1, 50)) or evaluated[-1] == step, "evaluations are missing"
+    assert late < 1.02 * early, f"resident memory grew from {early:,} to {late:,} bytes"
+    assert max(files) - min(files) <= 2 and samples[-1][1] <= samples[tenth][1] + 2, f"open files: {sorted(files)}"  # a file may be open just then
+    return f"{step:,} steps, {len(evaluated):,} evaluations, memory {late / early - 1:+.2%}, {min(files)} open files"
