@@ -15,9 +15,8 @@ import time
 import traceback
 from pathlib import Path
 
-from tabulate import tabulate
-
 import faults
+from tabulate import tabulate
 
 # share of the time, and the least number of tries in a campaign of ten minutes (a shorter one has proportionally fewer, one at least)
 PLAN = {
