@@ -1210,6 +1210,7 @@ def finish_long_run(child: Child, folder: Path, samples: list[tuple[int, int]]) 
     child.process.terminate()
     status, _, err = child.wait()
     assert status in (0, 143) and not err, err
+    samples = [sample for sample in samples if sample[1]]  # no files: it was just ending
     tenth = max(1, len(samples) // 10)
     early, late = (max(memory for memory, _ in part) for part in (samples[tenth : 2 * tenth + 1], samples[-tenth:]))
     files = {files for _, files in samples[tenth:]}
