@@ -147,11 +147,13 @@ def read_meta(directory: Path, name: str = "checkpoint.json") -> dict:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version, intact = meta["format"], meta["sha256"] == _checksum(meta)
+        if version == FORMAT and intact:  # a fitting checksum is no proof of a sensible content
+            _ = int(meta["step"]), meta["kind"] + "", {**meta["model"]}, [entry["name"] + entry["sha256"] for entry in meta["files"].values()]
     except FileNotFoundError:
         others = [name for name in ("best", "last") for place in (directory, directory.parent) if (place / name / "checkpoint.json").is_file()]
         hint = f", but there is {' and '.join(sorted(set(others)))}" if others else ""
         raise InputError(f"{directory} holds no checkpoint ({path.name} is missing){hint}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     if version != FORMAT:
         raise InputError(f"{path} has format {version}, this version reads {FORMAT}")
@@ -242,7 +244,10 @@ def read_weights(directory: Path) -> tuple[dict[str, torch.Tensor], dict]:
 def config_of(meta: dict) -> GPTConfig | ViTConfig:
     """The architecture of a checkpoint."""
     kind = ViTConfig if meta["kind"] == "pictures" else GPTConfig
-    return kind(**{**meta["model"], "diffusion_heads": tuple(meta["model"]["diffusion_heads"])})
+    try:
+        return kind(**{**meta["model"], "diffusion_heads": tuple(meta["model"]["diffusion_heads"])})
+    except (TypeError, KeyError) as error:
+        raise InputError(f"the checkpoint describes no model of this version ({error})") from None
 
 
 def load_model(out_dir: Path, which: str = "best") -> tuple[GPT | ViT, Tokenizer | None, dict]:

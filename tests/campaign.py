@@ -31,7 +31,7 @@ PLAN = {
     faults.damaged_last: (3, 6),
     faults.damaged_data: (2, 300),
     faults.divergence: (4, 9),
-    faults.dying_ranks: (5, 2),
+    faults.dying_ranks: (5, 3),
     faults.locks: (2, 2),
     faults.odd_command_lines: (4, 1000),
     faults.odd_sources: (3, 60),

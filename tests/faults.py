@@ -840,7 +840,7 @@ from dataset import Tokens
 batch, calls, call, way = Tokens.batch, [0], int(sys.argv[1]), sys.argv[2]
 def dying(self, drawn):
     calls[0] += 1
-    if os.environ["RANK"] == "1" and calls[0] == call:
+    if os.environ["RANK"] == "1" and calls[0] == call and way != "stop":
         if way == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError("this rank has had enough")
@@ -852,24 +852,39 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def dying_ranks(folder: Path, draw: random.Random):
-    """One of two processes dies, by kill -9 or by an error of its own: the other ends within a minute, the cause is shown, the run goes on."""
+    """One of two processes dies, by kill -9 or by an error of its own: the other ends within a minute, the cause is shown, the run goes on.
+
+    And SIGTERM for torchrun, which passes it on: both leave at the same step, which is saved.
+    """
     keys = TINY | NOISY | ARMS["A - I"] | {"dataset": text_data(folder / "text")}
     (folder / "dying.py").write_text(DYING)
     for number in itertools.count():
-        out, way = folder / f"run-{number}", ("error", "kill")[number % 2]
+        out, way = folder / f"run-{number}", ("error", "kill", "stop")[number % 3]
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", folder / "dying.py", draw.randint(10, 38), way]
-        command = [*map(str, launch), str(ROOT / "train.py"), *options(keys | {"out_dir": out})]
+        longer = {"max_iters": 100_000, "lr_decay_iters": 40} if way == "stop" else {}
+        command = [*map(str, launch), str(ROOT / "train.py"), *options(keys | {"out_dir": out} | longer)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         began = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
-        assert time.monotonic() - began < 60 + 20, "more than a minute after the start-up"
-        assert done.returncode != 0
-        cause = "ValueError: this rank has had enough" if way == "error" else "Signal 9 (SIGKILL)"
-        assert cause in done.stderr and "rank      : 1" in done.stderr, done.stderr
-        assert check_checkpoints(out) in (8, 16, 24, 32)
-        succeed("train.py", options(keys | {"out_dir": out, "init_from": "resume"}), folder / "io")
+        while not (out / "metrics.jsonl").exists() or len(read_metrics(out)) < 12:
+            if process.poll() is not None or time.monotonic() > began + 60:
+                break
+            time.sleep(0.05)
+        if way == "stop":
+            process.terminate()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode != 0
+        step = check_checkpoints(out)
+        if way == "stop":
+            assert step >= 10, step  # both left at the same step, and saved it
+            assert max(row["step"] for row in read_metrics(out)) == step
+        else:
+            cause = "ValueError: this rank has had enough" if way == "error" else "Signal 9 (SIGKILL)"
+            assert cause in err and "rank      : 1" in err, err
+            assert step in (8, 16, 24, 32)
+            succeed("train.py", options(keys | {"out_dir": out, "init_from": "resume"}), folder / "io")
         shutil.rmtree(out)
-        yield f"a rank of two that dies by {'kill -9' if way == 'kill' else 'an error'}"
+        yield {"error": "a rank of two that dies by an error", "kill": "a rank of two that dies by kill -9", "stop": "SIGTERM for torchrun"}[way]
 
 
 def locks(folder: Path, draw: random.Random):

@@ -405,6 +405,16 @@ def test_a_checkpoint_json_without_a_key_is_refused(tmp_path, key):
     assert str(tmp_path / "checkpoint.json") in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "change", [{"files": []}, {"files": {"model": 3}}, {"files": {"model": {"name": 1}}}, {"model": {"n_layer": 2}}, {"model": 1}]
+)
+def test_a_checkpoint_json_of_another_form_is_refused_though_its_checksum_fits(tmp_path, change):
+    saved(tmp_path, 1)
+    rewrite(tmp_path, read_meta(tmp_path) | change)
+    with pytest.raises(InputError):
+        load_model(tmp_path)
+
+
 def test_a_flipped_bit_in_checkpoint_json_is_refused(tmp_path):
     saved(tmp_path, 1)
     path = tmp_path / "checkpoint.json"
