@@ -24,6 +24,7 @@ PLAN = {
     faults.kills_in_comparison: (12, 40),
     faults.kills_in_preparation: (6, 40),
     faults.kills_of_the_command_line: (8, 10),
+    faults.kills_of_reports: (4, 6),
     faults.sigterms: (10, 30),
     faults.full_disks: (8, 15),
     faults.bad_disks: (8, 20),
@@ -69,6 +70,8 @@ def campaign(minutes: float, seed: int, only: list[str], folder: Path) -> tuple[
                 generator = fault(place, random.Random(f"{seed} {fault.__name__} {attempt}"))
             try:
                 counts[next(generator)] += 1
+            except StopIteration:  # there is nothing here to try it on
+                break
             except Exception:  # AssertionError for a loss; anything else is no less of one
                 print(f"LOST in {fault.__name__}, files in {place}:\n{traceback.format_exc()}", flush=True)
                 lost[fault.__name__] += 1

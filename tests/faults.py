@@ -8,6 +8,7 @@ once, so that a try costs a tenth of a second and not three. What is patched in 
 import codecs
 import contextlib
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -424,6 +425,40 @@ def _write_npz(folder: Path, seed: int):
         labels = np.arange(count) % 3
         arrays = {"data": draw.integers(0, 256, (count, 768), dtype=np.uint8), "labels": np.array([20, 450, 900])[labels], "labels200": labels}
         np.savez(folder / f"{stem}.npz", **arrays)
+
+
+def kills_of_reports(folder: Path, draw: random.Random):
+    """kill -9 and files limited in size for evaluate.py and unroll.py, where they are: whole reports or none, and the same from the next run."""
+    keys = TINY | ARMS["A - I"] | {"dataset": text_data(folder / "text"), "out_dir": folder / "run", "max_iters": 8}
+    succeed("train.py", options(keys), folder / "io")
+    commands = {
+        "evaluate.py": [f"--out_dir={folder / 'run'}", "--margins=True", "--perturb=True", "--eval_tokens=64", "--device=cpu", "--out="],
+        "unroll.py": ["--n=100", "--steps=2", "--seeds=1", "--latent_dim=4", "--device=cpu", "--out_dir="],
+    }
+    commands = {script: words for script, words in commands.items() if (ROOT / script).exists()}
+    if not commands:
+        return
+    whole, seconds = {}, {}
+    for script, words in commands.items():
+        began = time.monotonic()
+        succeed(script, [*words[:-1], f"{words[-1]}{folder / 'whole'}"], folder / "io")
+        whole[script], seconds[script] = {path.name for path in (folder / "whole").iterdir()}, time.monotonic() - began
+        shutil.rmtree(folder / "whole")
+    for number in itertools.count():
+        script = list(commands)[number % len(commands)]
+        out, words = folder / f"killed-{number}", commands[script]
+        command = [*words[:-1], f"{words[-1]}{out}"]
+        child = Child(script, command, folder / "io")
+        time.sleep(draw.uniform(0.3, 1) * seconds[script])
+        child.process.kill()
+        child.wait()
+        for path in out.glob("*.json") if out.exists() else []:
+            json.loads(path.read_text())
+        one_line(run(script, command, folder / "io", functools.partial(_small_files, 1000)), "File too large")
+        succeed(script, command, folder / "io")
+        assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == whole[script]
+        shutil.rmtree(out)
+        yield f"kill -9 of {script}, and files limited in size"
 
 
 def kills_of_the_command_line(folder: Path, draw: random.Random):
@@ -963,15 +998,8 @@ def odd_text(draw: random.Random, longest: int = 12) -> str:
     return "".join(parts[: draw.randint(0, longest)])
 
 
-def _bench_config():
-    import bench
-
-    return bench.BenchConfig
-
-
 def odd_command_lines(folder: Path, draw: random.Random):
     """Any key, any text, for every script: a config, or one line."""
-    import classify  # noqa: F401  (so that a folder without it is told here)
     from compare import parse
     from configurator import TrainConfig, configure, field_names, one_line_errors
     from sample import SampleConfig
@@ -979,7 +1007,11 @@ def odd_command_lines(folder: Path, draw: random.Random):
     data = text_data(folder / "text")
     succeed("train.py", options(TINY | {"dataset": data, "out_dir": folder / "run", "max_iters": 8}), folder / "io")
     (folder / "base.py").write_text("max_iters = 3\n")
-    targets = [(cls, functools.partial(configure, cls)) for cls in (TrainConfig, SampleConfig, _bench_config())]
+    classes = [TrainConfig, SampleConfig]
+    for script, name in (("bench", "BenchConfig"), ("evaluate", "EvaluateConfig"), ("unroll", "UnrollConfig")):
+        if (ROOT / f"{script}.py").exists():
+            classes.append(getattr(importlib.import_module(script), name))
+    targets = [(cls, functools.partial(configure, cls)) for cls in classes]
     targets.append((TrainConfig, lambda words: parse([str(folder / "base.py"), *words, f"--out_dir={folder / 'table'}"])))
     for number in itertools.count():
         cls, target = targets[number % len(targets)]

@@ -29,7 +29,7 @@ from sample import SampleConfig
 FEW = {
     faults.kills_in_training: 8, faults.kills_in_comparison: 2, faults.kills_in_preparation: 4, faults.sigterms: 5, faults.full_disks: 2,
     faults.bad_disks: 4, faults.damaged_checkpoints: 90, faults.damaged_last: 1, faults.damaged_data: 90, faults.divergence: 2,
-    faults.dying_ranks: 1, faults.locks: 1, faults.odd_command_lines: 42, faults.odd_sources: 12, faults.hostile_files: 13,
+    faults.dying_ranks: 1, faults.locks: 1, faults.kills_of_reports: 2, faults.odd_command_lines: 42, faults.odd_sources: 12, faults.hostile_files: 13,
 }  # fmt: skip
 
 
@@ -40,7 +40,8 @@ def test_survived(fault, tmp_path):
     tries = fault(tmp_path, random.Random(f"{fault.__name__}"))
     try:
         for _ in range(FEW[fault]):
-            next(tries)
+            if next(tries, None) is None:
+                pytest.skip("neither evaluate.py nor unroll.py is here")
     finally:
         tries.close()
 
@@ -200,7 +201,7 @@ def test_layer_norms_are_those_of_the_tensors(data, tmp_path, arm):
     assert "h.1 " in train.layer_norms(program.model) and "(0)" in train.layer_norms(program.model)
 
 
-@pytest.mark.parametrize("phase", ["step", "evaluation", "last evaluation"])
+@pytest.mark.parametrize("phase", ["step", "backward pass", "evaluation", "last evaluation"])
 def test_what_takes_long_is_given_up_after_a_signal_and_made_up_for_exactly(data, tmp_path, monkeypatch, phase):
     program = built(config_of(data, tmp_path / "whole", dropout=0.2, diffusion=True))
     train.train(program, 1, tmp_path / "whole", quiet=True)
@@ -216,11 +217,23 @@ def test_what_takes_long_is_given_up_after_a_signal_and_made_up_for_exactly(data
                 time.sleep(0.01)
         return forward(self, *args, **kwargs)
 
+    def slow_gradient(gradient):
+        calls.append(True)
+        if len(calls) == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(3000):
+                time.sleep(0.01)
+
     with monkeypatch.context() as patch:
-        patch.setattr(type(program.model), "forward", slow)
+        if phase == "backward pass":  # Python that the engine in C++ calls
+            hook = program.model.transformer.h[0].ln_1.weight.register_hook(slow_gradient)
+        else:
+            patch.setattr(type(program.model), "forward", slow)
         with pytest.raises(train.Interrupted):
             train.train(program, 1, tmp_path / "parts", quiet=True)
-    assert checkpoint.read_meta(tmp_path / "parts" / "last")["step"] == {"step": 12, "evaluation": 16, "last evaluation": 40}[phase]
+    if phase == "backward pass":
+        hook.remove()
+    assert checkpoint.read_meta(tmp_path / "parts" / "last")["step"] == {"evaluation": 16, "last evaluation": 40}.get(phase, 12)
     train.train(program._replace(config=dataclasses.replace(program.config, init_from="resume")), 1, tmp_path / "parts", quiet=True)
     assert faults.losses(tmp_path / "parts") == faults.losses(tmp_path / "whole")
     assert faults.tensors(tmp_path / "parts" / "last") == faults.tensors(tmp_path / "whole" / "last")
