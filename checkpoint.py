@@ -163,7 +163,7 @@ def read_meta(directory: Path, name: str = "checkpoint.json") -> dict:
 
 
 def readable(directory: Path, *kinds: str) -> dict:
-    """checkpoint.json of a checkpoint whose files of these kinds (model, optimizer) are whole: the current one, or with a warning the one before it.
+    """checkpoint.json of a checkpoint whose files (of these kinds, if given) are whole: the current one, or with a warning the one before it.
 
     Raises InputError that says what is wrong with the current one when there is no previous one, or it is damaged too.
     """
@@ -171,7 +171,7 @@ def readable(directory: Path, *kinds: str) -> dict:
 
     def whole_one(name: str) -> dict:
         meta = read_meta(directory, name)
-        for kind in kinds:
+        for kind in kinds or meta["files"]:
             if kind in meta["files"]:
                 _check(directory, meta["files"][kind])
         return meta

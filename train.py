@@ -236,7 +236,7 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
     """
     config, model, last = program.config, program.model, out_dir / "last"
     if config.init_from == "resume":
-        meta = checkpoint.readable(last, "model", "optimizer")
+        meta = checkpoint.readable(last)
         if (meta["kind"] == "pictures") != isinstance(model, ViT):
             raise InputError(f"{last} was trained on {meta['kind']}, --dataset={config.dataset} is of the other kind")
         for key, ours in dataclasses.asdict(model.config).items():

@@ -29,7 +29,8 @@ from sample import SampleConfig
 FEW = {
     faults.kills_in_training: 8, faults.kills_in_comparison: 2, faults.kills_in_preparation: 4, faults.sigterms: 5, faults.full_disks: 2,
     faults.bad_disks: 4, faults.damaged_checkpoints: 90, faults.damaged_last: 1, faults.damaged_data: 90, faults.divergence: 2,
-    faults.dying_ranks: 1, faults.locks: 1, faults.kills_of_reports: 2, faults.odd_command_lines: 42, faults.odd_sources: 12, faults.hostile_files: 13,
+    faults.dying_ranks: 1, faults.locks: 1, faults.kills_of_reports: 2, faults.odd_command_lines: 42, faults.odd_sources: 12,
+    faults.hostile_files: 13,
 }  # fmt: skip
 
 
