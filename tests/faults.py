@@ -117,12 +117,13 @@ def _enter(script: str, arguments: list[str], folder: str, setup):
 
 @functools.cache
 def _start_server():
-    """The server's modules are found by PYTHONPATH alone."""
+    """The server looks for its modules in PYTHONPATH and, before that, in the current directory, which may be another clone's."""
     from multiprocessing import forkserver
 
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{TESTS}:{ROOT}"
-    forkserver.ensure_running()
+    with contextlib.chdir(ROOT):
+        forkserver.ensure_running()
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 

@@ -27,10 +27,10 @@ from sample import SampleConfig
 
 # how many tries of each here
 FEW = {
-    faults.kills_in_training: 8, faults.kills_in_comparison: 2, faults.kills_in_preparation: 4, faults.sigterms: 5, faults.full_disks: 2,
-    faults.bad_disks: 4, faults.damaged_checkpoints: 90, faults.damaged_last: 1, faults.damaged_data: 90, faults.divergence: 2,
+    faults.kills_in_training: 6, faults.kills_in_comparison: 2, faults.kills_in_preparation: 4, faults.sigterms: 4, faults.full_disks: 1,
+    faults.bad_disks: 3, faults.damaged_checkpoints: 60, faults.damaged_last: 1, faults.damaged_data: 90, faults.divergence: 2,
     faults.dying_ranks: 1, faults.locks: 1, faults.kills_of_reports: 2, faults.odd_command_lines: 42, faults.odd_sources: 12,
-    faults.hostile_files: 13,
+    faults.hostile_files: 9,
 }  # fmt: skip
 
 
