@@ -7,9 +7,13 @@ A checkpoint is a directory
     optimizer-STEP-HASH.safetensors   AdamW's moments and step counts (only where training can continue)
 
 The two tensor files get new names each time, and replacing checkpoint.json is the one moment at which the new checkpoint takes the place of the
-old one: whenever the process dies, checkpoint.json names complete files. Files of the old checkpoint are removed afterwards.
+old one: whenever the process dies, checkpoint.json names complete files.
+
+Where training can continue, the checkpoint before is kept as well: its checkpoint.json becomes previous.json, and its files stay until the next
+save. `readable` falls back to it when the current one is damaged. So last/ takes twice the space of a checkpoint, and three times during a save.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +33,7 @@ from model import GPT, GPTConfig, ViT, ViTConfig
 from parallel import assign, whole
 
 FORMAT = 1
+PREVIOUS = "previous.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -51,7 +56,8 @@ def _write_tensors(directory: Path, kind: str, step: int, tensors: dict) -> dict
         name = f"{kind}-{step:06d}-{digest[:8]}.safetensors"
         put_in_place(temporary, directory / name)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # whatever went wrong above is the error to tell
+            temporary.unlink()
     return {"name": name, "sha256": digest}
 
 
@@ -63,7 +69,7 @@ def _checksum(meta: dict) -> str:
 
 def remove(directory: Path):
     """Removes a checkpoint that a new run replaces, and nothing else: a directory without checkpoint.json stays."""
-    if (directory / "checkpoint.json").is_file():
+    if (directory / "checkpoint.json").is_file() or (directory / PREVIOUS).is_file():
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -72,7 +78,7 @@ def save(directory: Path, model, optimizer, step: int, main: bool = True, **entr
 
     All processes of a run must call it, since sharded tensors are gathered here; the one with `main` writes.
     `entries` must be JSON values; train.py passes config, data, tokenizer, val_loss, best_val_loss and best_step. Raises InputError when the
-    directory cannot be written; the checkpoint that was there stays.
+    directory cannot be written; the checkpoint that was there stays. With an optimizer it becomes the previous one, see the top of the file.
     """
     directory = Path(directory)
     tensors = {"model": {name: whole(tensor.detach()) for name, tensor in model.named_parameters()}}
@@ -97,29 +103,57 @@ def save(directory: Path, model, optimizer, step: int, main: bool = True, **entr
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     meta["sha256"] = _checksum(meta)
-    write_file(directory / "checkpoint.json", (json.dumps(meta, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    current = {entry["name"] for entry in files.values()}
-    for old in directory.glob("*.safetensors"):
-        if old.name not in current:
-            old.unlink(missing_ok=True)
+    old = _intact(directory / "checkpoint.json")
+    write_file(directory / "checkpoint.json", _text(meta))
+    # Only now, so that at every moment the two are whole and different. The same state saved again is not its own predecessor.
+    if optimizer is not None and old and old["files"] != files:
+        write_file(directory / PREVIOUS, _text(old))
+    kept = [meta, _intact(directory / PREVIOUS) if optimizer is not None else None]
+    current = {entry["name"] for one in kept if one for entry in one["files"].values()}
+    with contextlib.suppress(OSError):  # what cannot be removed is in nobody's way
+        if optimizer is None:
+            (directory / PREVIOUS).unlink(missing_ok=True)
+        for path in directory.glob("*.safetensors"):
+            if path.name not in current:
+                path.unlink(missing_ok=True)
+
+
+def settle(directory: Path, meta: dict):
+    """Makes the checkpoint that `readable` returned the current one, so that after a fallback the next save keeps it as the previous one."""
+    if _intact(directory / "checkpoint.json") != meta:
+        write_file(directory / "checkpoint.json", _text(meta))
+
+
+def _text(meta: dict) -> bytes:
+    return (json.dumps(meta, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _intact(path: Path) -> dict | None:
+    """A checkpoint.json or previous.json, None unless it is whole."""
+    try:
+        return read_meta(path.parent, path.name)
+    except InputError:
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def read_meta(directory: Path) -> dict:
+def read_meta(directory: Path, name: str = "checkpoint.json") -> dict:
     """checkpoint.json as a dict. Raises InputError when there is none, it is damaged or of a newer format."""
     directory = Path(directory)
-    path = directory / "checkpoint.json"
+    path = directory / name
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version, intact = meta["format"], meta["sha256"] == _checksum(meta)
+        if version == FORMAT and intact:  # a fitting checksum is no proof of a sensible content
+            _ = int(meta["step"]), meta["kind"] + "", {**meta["model"]}, [entry["name"] + entry["sha256"] for entry in meta["files"].values()]
     except FileNotFoundError:
         others = [name for name in ("best", "last") for place in (directory, directory.parent) if (place / name / "checkpoint.json").is_file()]
         hint = f", but there is {' and '.join(sorted(set(others)))}" if others else ""
         raise InputError(f"{directory} holds no checkpoint ({path.name} is missing){hint}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     if version != FORMAT:
         raise InputError(f"{path} has format {version}, this version reads {FORMAT}")
@@ -128,14 +162,51 @@ def read_meta(directory: Path) -> dict:
     return meta
 
 
-def _read_tensors(directory: Path, meta: dict, kind: str) -> dict[str, torch.Tensor]:
-    entry = meta["files"].get(kind)
-    if entry is None:
-        raise InputError(f"{directory} has no {kind} state: training can continue from last/, not from best/")
+def readable(directory: Path, *kinds: str) -> dict:
+    """checkpoint.json of a checkpoint whose files (of these kinds, if given) are whole: the current one, or with a warning the one before it.
+
+    Raises InputError that says what is wrong with the current one when there is no previous one, or it is damaged too.
+    """
+    directory = Path(directory)
+
+    def whole_one(name: str) -> dict:
+        meta = read_meta(directory, name)
+        for kind in kinds or meta["files"]:
+            if kind in meta["files"]:
+                _check(directory, meta["files"][kind])
+        return meta
+
+    try:
+        return whole_one("checkpoint.json")
+    except InputError as error:
+        if not (directory / PREVIOUS).is_file():
+            raise
+        damage = error
+    try:
+        meta = whole_one(PREVIOUS)
+    except InputError as error:
+        raise InputError(f"{damage}; nor can the checkpoint before it be used: {error}") from None
+    print(f"warning: {damage}; going on from the checkpoint before it, step {meta['step']} of {directory / PREVIOUS}", file=sys.stderr, flush=True)
+    return meta
+
+
+def _check(directory: Path, entry: dict) -> Path:
+    """The path of a tensor file. Raises InputError unless it is what checkpoint.json states."""
     path = Path(directory) / Path(entry["name"]).name
     try:
         if sha256_of(path) != entry["sha256"]:
             raise InputError(f"{path} is damaged: its sha256 is not the one in checkpoint.json")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    return path
+
+
+def _read_tensors(directory: Path, meta: dict, kind: str) -> dict[str, torch.Tensor]:
+    entry = meta["files"].get(kind)
+    if entry is None:
+        raise InputError(f"{directory} has no {kind} state: training can continue from last/, not from best/")
+    path = _check(directory, entry)
+    try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
@@ -166,14 +237,17 @@ def load_into(directory: Path, meta: dict, model, optimizer=None):
 
 def read_weights(directory: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """A checkpoint's parameters by name and its architecture, on the CPU. Raises InputError."""
-    meta = read_meta(directory)
+    meta = readable(directory, "model")
     return _read_tensors(directory, meta, "model"), meta["model"]
 
 
 def config_of(meta: dict) -> GPTConfig | ViTConfig:
     """The architecture of a checkpoint."""
     kind = ViTConfig if meta["kind"] == "pictures" else GPTConfig
-    return kind(**{**meta["model"], "diffusion_heads": tuple(meta["model"]["diffusion_heads"])})
+    try:
+        return kind(**{**meta["model"], "diffusion_heads": tuple(meta["model"]["diffusion_heads"])})
+    except (TypeError, KeyError) as error:
+        raise InputError(f"the checkpoint describes no model of this version ({error})") from None
 
 
 def load_model(out_dir: Path, which: str = "best") -> tuple[GPT | ViT, Tokenizer | None, dict]:
@@ -182,7 +256,7 @@ def load_model(out_dir: Path, which: str = "best") -> tuple[GPT | ViT, Tokenizer
     if not out_dir.is_dir():
         raise InputError(f"--out_dir={out_dir} is not a directory: train first, or name a checkpoint directory")
     directory = out_dir if (out_dir / "checkpoint.json").is_file() else out_dir / which
-    meta = read_meta(directory)
+    meta = readable(directory, "model")
     pictures = meta["kind"] == "pictures"
     model = (ViT if pictures else GPT)(config_of(meta))
     load_into(directory, meta, model)

@@ -309,6 +309,9 @@ def build(cls, files: list[str], options: list[tuple[str, str]]):
             args += file_args
     check_keys([key for key, _ in options], known)
     config = _parse(cls, args + [f"--{key}={value}" for key, value in options], "")
+    for key, value in vars(config).items():
+        if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):  # neither a file's name nor JSON can hold it
+            raise InputError(f"--{key}={value[:200]} is no text: it has a zero byte or is not UTF-8")
     return config.check() if hasattr(config, "check") else config
 
 
@@ -338,9 +341,13 @@ def configure(cls, args: list[str] | None = None):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a script's main: an InputError prints as one line on stderr and exits with status 2."""
+    """Around a script's main: an InputError, and what the operating system refuses, prints as one line on stderr and exits with status 2."""
     try:
         yield
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except (InputError, OSError) as error:
+        text = str(error) if isinstance(error, InputError) else f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        # a value or a file's name may hold anything: line feeds, terminal codes, half a surrogate pair
+        print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), file=sys.stderr)
         sys.exit(2)

@@ -27,14 +27,13 @@ import shutil
 import signal
 import sys
 import tarfile
-import tempfile
 import threading
 import time
 import zlib
 from pathlib import Path
 
 from configurator import InputError
-from dataset import replace_files, sha256_of
+from dataset import meta_json, replace_files, sha256_of, staging
 
 KIB, MIB = 1 << 10, 1 << 20
 BLOCK = MIB // 2  # bytes of raw documents that a worker gets at once, about
@@ -811,28 +810,19 @@ class Output:
 
 def publish(directory: Path, folder: Path, splits: dict, meta: dict):
     """Moves SPLIT.bin from `folder` into `directory`, with a meta.json. Raises InputError and OSError."""
-    text = json.dumps({"kind": "tokens", "dtype": "uint16", **meta, "splits": splits}, indent=1, ensure_ascii=False)
-    write_durably(folder / "meta.json", (text + "\n").encode())
+    write_durably(folder / "meta.json", meta_json({"kind": "tokens", "dtype": "uint16", **meta, "splits": splits}))
     replace_files(folder, directory, [*(f"{name}.bin" for name in splits), "meta.json"])
 
 
 def write_splits(directory: Path, splits: dict, meta: dict):
     """Arrays of ids {"train": ..., "val": ..., perhaps "test": ...} -> their files and meta.json, all or nothing. Raises InputError."""
-    folder = None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".prepare.", suffix=".tmp", dir=directory))
-        described = {}
+    described = {}
+    with staging(directory) as folder:
         for name, ids in splits.items():
             output = Output(folder / f"{name}.bin")
             output.append(ids)
             described[name] = output.close()
         publish(directory, folder, described, meta)
-    except OSError as error:
-        raise InputError(f"cannot write in {directory}: {error.strerror or error}") from None
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def wikitext_files(source: str, directory: Path) -> dict[str, tuple[str, bytes]]:

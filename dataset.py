@@ -16,8 +16,10 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,8 @@ from configurator import InputError, TrainConfig
 
 ROOT = Path(__file__).resolve().parent
 DATA_STREAM = 1  # SeedSequence keys (seed, stream, step): train.py's dropout is stream 2
-HASH_AT_LOAD = 1 << 30  # bytes; larger .bin files are checked by size alone, hashing 18 GB would hold up the start
+HASH_AT_LOAD = 1 << 30  # bytes; larger .bin files are checked by size alone, hashing 18 GB would hold up the start (their token ids: see Tokens)
+SCAN = 1 << 26  # tokens that are looked at together
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -66,6 +69,33 @@ def write_file(path: Path, content: bytes):
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def staging(directory: Path):
+    """A hidden folder inside `directory`, made if need be, in which the files of a data set are written before replace_files; removed at the end.
+
+    One process at a time; the next one removes the folder that a killed one has left. Raises InputError for all that cannot be written.
+    """
+    with contextlib.ExitStack() as undo:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            handle = os.open(directory, os.O_RDONLY)
+            undo.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process is writing data in {directory}: wait for it") from None
+            except OSError:  # a file system without locks: then nothing is taken for abandoned
+                pass
+            else:
+                for abandoned in directory.glob(".prepare.*.tmp"):
+                    shutil.rmtree(abandoned, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix=".prepare.", suffix=".tmp", dir=directory))
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            yield folder
+        except OSError as error:
+            raise InputError(f"cannot write in {directory}: {error.strerror or error}") from None
+
+
 def replace_files(folder: Path, directory: Path, names: list[str] | tuple[str, ...]):
     """Moves the complete files of a data set from `folder` into `directory`; meta.json is the last of `names`. Raises InputError and OSError.
 
@@ -89,8 +119,24 @@ def write_tokens(directory: Path, train: np.ndarray, val: np.ndarray, meta: dict
         content = np.ascontiguousarray(ids, dtype="<u2").tobytes()
         write_file(directory / f"{name}.bin", content)
         splits[name] = {"tokens": len(ids), "sha256": hashlib.sha256(content).hexdigest()}
-    text = json.dumps({"kind": "tokens", "dtype": "uint16", **meta, "splits": splits}, indent=1, ensure_ascii=False)
-    write_file(directory / "meta.json", (text + "\n").encode())
+    write_file(directory / "meta.json", meta_json({"kind": "tokens", "dtype": "uint16", **meta, "splits": splits}))
+
+
+def own_sha256(meta: dict) -> str:
+    """SHA-256 of meta.json without its own entry "sha256", in a form that does not depend on how it was written down."""
+    text = json.dumps({key: value for key, value in meta.items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def meta_json(meta: dict) -> bytes:
+    """What is written to meta.json, with a checksum of its own: a changed letter of the tokenizer would otherwise pass for another tokenizer."""
+    return (json.dumps({**meta, "sha256": own_sha256(meta)}, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def check_meta(directory: Path, meta: dict):
+    """Raises InputError when meta.json states a checksum of its own that it does not have. (One written by hand may state none.)"""
+    if meta.get("sha256", "") not in ("", own_sha256(meta)):
+        raise InputError(f"{directory / 'meta.json'} is damaged: it does not have the sha256 that it states: run {directory / 'prepare.py'} again")
 
 
 def directory_of(dataset: str) -> Path:
@@ -116,11 +162,18 @@ def prepare_if_missing(dataset: str):
     except OSError as error:
         raise InputError(f"cannot prepare --dataset={dataset} in {directory}: {error.strerror}") from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process prepares {directory}: waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: then two may prepare at once, each in a folder of its own
+            pass
         if (directory / "meta.json").is_file():
             return
         print(f"{directory / 'meta.json'} is missing: running {script}", file=sys.stderr)
-        if subprocess.run([sys.executable, str(script)], stdout=sys.stderr).returncode != 0:
+        # the script holds the lock as well: when this process is killed it works on, and the next one waits for it
+        if subprocess.run([sys.executable, str(script)], stdout=sys.stderr, pass_fds=[lock.fileno()]).returncode != 0:
             raise InputError(f"{script} failed (its message is above), so --dataset={dataset} is not there")
 
 
@@ -223,6 +276,10 @@ def check_file(path: Path, size: int, sha256: str):
 class Tokens:
     """The two splits of a data set as tensors on `device` when they fit there, else memory-mapped on the CPU.
 
+    No token id beyond the vocabulary reaches the model, where it would read or write past a table. Files up to HASH_AT_LOAD are looked through at
+    the start, and so are larger ones that go to the GPU, there, in milliseconds. What stays memory-mapped is looked at batch by batch, on the CPU
+    (12 us for 16,400 tokens).
+
     Attributes: vocab_size, tokenizer (dict), checksum {"train": sha256, "val": sha256}, block_size (T).
     Raises InputError for a missing, damaged or too short data set.
     """
@@ -246,20 +303,35 @@ class Tokens:
                 raise InputError(f"{path} has {count} tokens, fewer than one sequence of --block_size={block_size} and its target")
             # mode "c" is copy-on-write: torch wants a writable array and the file must stay as it is. int16 because uint16 lacks operators.
             tokens = np.memmap(path, dtype="<i2", mode="c")
-            if 2 * count <= HASH_AT_LOAD and (top := int(tokens.view("<u2").max())) >= self.vocab_size:
-                raise InputError(f"{path} has token id {top}, the vocabulary has {self.vocab_size}: run {directory / 'prepare.py'} again")
-            tokens = torch.from_numpy(tokens)
-            self.split[name] = tokens
+            if 2 * count <= HASH_AT_LOAD:
+                self._check(path, int(tokens.view("<u2").max()))
+            self.split[name] = torch.from_numpy(tokens)
+        check_meta(directory, meta)
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             if sum(2 * count for count in counts.values()) < free / 4:
                 self.split = {name: tokens.to(self.device) for name, tokens in self.split.items()}
+        self.unseen = {}  # files of which no one knows yet whether an id is beyond the vocabulary
+        for name, count in counts.items():
+            if 2 * count > HASH_AT_LOAD and self.split[name].device.type == "cpu":
+                self.unseen[name] = directory / f"{name}.bin"
+            elif 2 * count > HASH_AT_LOAD:
+                for part in self.split[name].split(SCAN):
+                    self._check(directory / f"{name}.bin", int((part.int() & 0xFFFF).max()))
         self.home = self.split["train"].device  # where the tokens are, and the offsets must be
         self.span = torch.arange(block_size + 1, device=self.home)
 
-    @staticmethod
-    def _unsigned(tokens):
-        return tokens.long() & 0xFFFF
+    def _check(self, path: Path, top: int):
+        """Raises InputError for a highest token id that the vocabulary does not have."""
+        if top >= self.vocab_size:
+            raise InputError(f"{path} has token id {top}, the vocabulary has {self.vocab_size}: run {path.parent / 'prepare.py'} again")
+
+    def _take(self, name: str, index):
+        """Token ids of a split, int64, at these places."""
+        tokens = self.split[name][index].long() & 0xFFFF
+        if name in self.unseen:
+            self._check(self.unseen[name], int(tokens.max()))
+        return tokens
 
     def draw(self, seed: int, step: int, rows: int) -> np.ndarray:
         """(rows,) int64: where the sequences of the global batch of `step` begin in train.bin. A pure function of its arguments."""
@@ -267,7 +339,7 @@ class Tokens:
 
     def batch(self, drawn):
         """(B,) int64 starts on `home` -> inputs x and targets y, (B, T) int64 on `device`; y is x one token later."""
-        chunk = self._unsigned(self.split["train"][drawn[:, None] + self.span])  # (B, T + 1)
+        chunk = self._take("train", drawn[:, None] + self.span)  # (B, T + 1)
         if self.home != self.device:
             chunk = chunk.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else chunk.to(self.device)
         return chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
@@ -293,7 +365,7 @@ class Tokens:
             rows = starts[first : first + batch_size]
             batch[: len(rows)] = rows
             index = torch.from_numpy(batch).to(self.home)[:, None] + self.span
-            chunk = self._unsigned(tokens[index.clamp(max=len(tokens) - 1)])
+            chunk = self._take("val", index.clamp(max=len(tokens) - 1))
             x, y = chunk[:, :-1], chunk[:, 1:].masked_fill(index[:, 1:] >= len(tokens), -1)
             targets = int(np.clip(len(tokens) - 1 - rows, 0, T).sum())
             yield x.contiguous().to(self.device), y.contiguous().to(self.device), targets
@@ -332,6 +404,7 @@ class Pictures:
             scale = [torch.tensor(meta[key], dtype=torch.float32, device=device).view(3, 1, 1) for key in ("mean", "std")]
         except (ValueError, KeyError, TypeError) as error:
             raise incomplete(directory, error) from None
+        check_meta(directory, meta)
         if self.image_size % patch_size:
             raise InputError(f"--patch_size={patch_size} does not divide the pictures' side of {self.image_size} pixels")
         self.mean, self.std = scale[0], scale[1].clamp(min=1 / 255)  # a channel may be constant

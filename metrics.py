@@ -1,8 +1,11 @@
 """The log of a run: OUT_DIR/metrics.jsonl, one JSON object a line, and Weights & Biases when asked for."""
 
 import contextlib
+import errno
 import fcntl
 import json
+import math
+import os
 from pathlib import Path
 
 from configurator import InputError
@@ -15,7 +18,7 @@ class Metrics:
 
     train_loss: mean over the steps since the last row (nats); val_loss: mean over the validation set;
     top1, top5: share of validation pictures whose class is the first, or among the first five, of the model; ms: per iteration, without evaluation.
-    The open file is locked, so that two trainings cannot share a directory; a dead process holds no lock.
+    The open file is locked, so that two trainings cannot share a directory; a dead process holds no lock. (A file system without locks gives none.)
     """
 
     def __init__(self, out_dir: Path, resume_at: int | None = None, overwrite: bool = False, wandb_options: dict | None = None):
@@ -27,13 +30,15 @@ class Metrics:
         with contextlib.ExitStack() as undo:  # a refusal changes nothing and leaves no lock
             try:
                 out_dir.mkdir(parents=True, exist_ok=True)
-                self.file = undo.enter_context(open(path, "a+", encoding="utf-8"))
+                self.path, self.file = path, undo.enter_context(open(path, "ab+", buffering=0))
             except OSError as error:
                 raise InputError(f"cannot write in --out_dir={out_dir}: {error.strerror}") from None
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise InputError(f"another training is writing to --out_dir={out_dir}: choose another") from None
+            except OSError:
+                pass
             taken = path.stat().st_size > 0 or any((out_dir / name / "checkpoint.json").exists() for name in ("last", "best"))
             if taken and resume_at is None and not overwrite:
                 raise InputError(f"--out_dir={out_dir} holds a run: --init_from=resume continues it, --overwrite=True replaces it, or choose another")
@@ -48,21 +53,39 @@ class Metrics:
                     raise InputError(f"--wandb_log=True: {type(error).__name__}: {error} ({hint})") from None
             self.file.seek(0)
             keep = 0
-            while resume_at is not None and (line := self.file.readline()).endswith("\n") and json.loads(line)["step"] <= resume_at:
-                keep = self.file.tell()
+            for line in self.file.read().splitlines(keepends=True) if resume_at is not None else []:
+                try:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > resume_at:
+                        break
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(f"{path} is damaged at byte {keep}: move it away to continue the run without its log") from None
+                keep += len(line)
             self.file.truncate(keep)
             undo.pop_all()
 
     def record(self, **values):
-        """Appends one row."""
-        self.file.write(json.dumps({key: values.get(key) for key in KEYS}) + "\n")
-        self.file.flush()
+        """Appends one row; a number that is not finite becomes null. Raises InputError when it cannot; the file then ends with the row before."""
+        row = {key: values.get(key) for key in KEYS}
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        content, before = (json.dumps(row, allow_nan=False) + "\n").encode(), None
+        try:
+            if os.fstat(self.file.fileno()).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, "it was removed while the training ran")
+            before = self.file.seek(0, os.SEEK_END)
+            while content:
+                content = content[self.file.write(content) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                if before is not None:
+                    self.file.truncate(before)
+            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from None
         if self.wandb:
             self.wandb.log(values)
 
     def close(self):
         """Closes the file, which releases the lock, and ends the wandb run."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # nothing is buffered
+            self.file.close()
         if self.wandb:
             self.wandb.finish()
 

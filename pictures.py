@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import hashlib
 import io
-import json
 import math
 import os
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import InputError
-from dataset import replace_files, write_file
+from dataset import meta_json, replace_files, write_file
 
 SPLITS = ("train", "val")
 FILES = (*(f"{split}.bin" for split in SPLITS), *(f"{split}_labels.bin" for split in SPLITS), "meta.json")
@@ -170,7 +169,7 @@ class PictureWriter:
                 },
                 **more,
             }
-            write_file(self.folder / "meta.json", (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode())
+            write_file(self.folder / "meta.json", meta_json(meta))
         try:
             replace_files(self.folder, self.directory, FILES)
         except OSError as error:

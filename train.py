@@ -48,12 +48,20 @@ CONTINUED = {"max_iters", "lr_decay_iters", "learning_rate", "min_lr", "decay_lr
 CONTINUED |= {"weight_decay", "beta1", "beta2", "grad_clip", "dtype", "flip", "crop_pad"}
 
 
-class Diverged(Exception):
-    """The loss or the gradient of `step` is no longer finite."""
+SMALLEST_SCALE = 2.0**-24  # of float16 losses: below it the smallest float16 number stands for the whole loss, and no step can succeed any more
+PATIENCE = 4.0  # seconds that a step or an evaluation on a CPU has to end by itself after a signal
 
-    def __init__(self, step: int, loss: float, norm: float):
-        super().__init__(f"step {step}: loss {loss}, gradient norm {norm}: not finite, so training stops")
+
+class Diverged(Exception):
+    """The loss or the gradient of `step` is no longer finite. `norms` is what layer_norms gives, `last` says which checkpoint is from before it."""
+
+    def __init__(self, step: int, what: str, norms: str, last: str):
+        super().__init__(f"step {step}: {what}, so training stops; norms of the parameters (gradients): {norms}; {last}")
         self.step = step
+
+
+class BrokenOff(BaseException):
+    """A step or an evaluation that took longer than PATIENCE after a signal was given up; the state is as it was before."""
 
 
 class Interrupted(Exception):
@@ -228,7 +236,7 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
     """
     config, model, last = program.config, program.model, out_dir / "last"
     if config.init_from == "resume":
-        meta = checkpoint.read_meta(last)
+        meta = checkpoint.readable(last)
         if (meta["kind"] == "pictures") != isinstance(model, ViT):
             raise InputError(f"{last} was trained on {meta['kind']}, --dataset={config.dataset} is of the other kind")
         for key, ours in dataclasses.asdict(model.config).items():
@@ -243,7 +251,7 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
         changed = [f"{key} {old} -> {now[key]}" for key, old in meta["config"].items() if key in CONTINUED and now[key] != old]
         if changed and program.place.rank == 0:
             say(f"note: resuming with other values of {', '.join(changed)}: from here on not what an undisturbed run would be")
-        if meta["step"] >= config.max_iters and program.place.rank == 0 and not config.eval_only:
+        if meta["step"] >= config.max_iters and meta["evaluated"] == meta["step"] and program.place.rank == 0 and not config.eval_only:
             say(f"note: nothing to do, {last} is at step {meta['step']} of --max_iters={config.max_iters}: raise it")
         checkpoint.load_into(last, meta, model, program.optimizer)
         program.scaler.load_state_dict(meta["scaler"])
@@ -255,6 +263,17 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
         weights = dict(fresh.named_parameters())
     checkpoint.copy_weights(model, weights, config.init_from)
     return 0, {}
+
+
+def layer_norms(model) -> str:
+    """Norm of the parameters and, in brackets, of the gradients of each layer, as they are now. All processes of a run must call it."""
+    sums = {}
+    for name, p in model.named_parameters():
+        layer = ".".join(name.split(".")[1:3] if ".h." in name else name.split(".")[-2:-1])  # h.0, wte, ln_f
+        found = sums.setdefault(layer, [0.0, 0.0])
+        for i, tensor in enumerate((p, p.grad)):
+            found[i] += 0.0 if tensor is None else float(whole(tensor.detach().float().norm())) ** 2
+    return ", ".join(f"{layer} {own**0.5:.3g} ({gradient**0.5:.3g})" for layer, (own, gradient) in sums.items())
 
 
 def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: bool = False) -> dict:
@@ -272,26 +291,66 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
     if main and not config.eval_only:
         wandb = {"project": config.wandb_project, "name": config.wandb_run_name or str(out_dir), "config": dataclasses.asdict(config)}
         metrics = Metrics(out_dir, step if resumed else None, config.overwrite, wandb if config.wandb_log else None)
-        if not resumed:  # a replaced run must not be taken for this one
+        if resumed:
+            checkpoint.settle(out_dir / "last", resumed)
+        else:  # a replaced run must not be taken for this one
             checkpoint.remove(out_dir / "last")
             checkpoint.remove(out_dir / "best")
+    saved_at = resumed.get("step")  # of OUT_DIR/last
 
     def record(**values):
         if metrics:
             metrics.record(**values)
 
     def write(name: str):
+        nonlocal saved_at
         if save and not config.eval_only:
             entries = {"config": dataclasses.asdict(config) | {"seed": seed}, "data": program.data.checksum, "tokenizer": program.data.tokenizer}
             entries |= {"generators": "batches and dropout are functions of (seed, step)", "scaler": program.scaler.state_dict(), **progress}
             checkpoint.save(out_dir / name, model, program.optimizer if name == "last" else None, step, main, **entries)
+            saved_at = step if name == "last" else saved_at
 
-    caught = []  # signals; the loop looks at them between two steps
-    handlers = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    def diverged(at: int, what: str) -> Diverged:
+        there = f"{out_dir / 'last'} of step {saved_at} is from before it" if saved_at is not None else "there is no checkpoint from before it"
+        return Diverged(at, what, layer_norms(model), there)
+
+    # Signals. The loop looks at them between two steps. One process on a CPU, where a step may take minutes, gives up what it does after some
+    # PATIENCE: an evaluation changes nothing, and a step nothing before the optimizer's turn, so that the state to save is exact.
+    caught, may_break_off, broken_off = [], False, False
+    alone_on_cpu = place.world == 1 and program.data.device.type == "cpu"
+
+    def remember(number, _):
+        caught.append(number)
+        if alone_on_cpu:
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE, 1.0)  # again each second, for an exception may get lost on its way
+
+    def break_off(*_):
+        if may_break_off and caught:
+            raise BrokenOff
+
+    def unless_broken_off(action, *args):
+        """What the action returns, None when it was given up."""
+        nonlocal may_break_off, broken_off
+        try:
+            try:
+                may_break_off = True
+                return action(*args)
+            finally:
+                may_break_off = False
+        except BrokenOff:
+            may_break_off, broken_off = False, True
+
+    def optimizer_begins(*_):
+        nonlocal may_break_off
+        may_break_off = False
+
+    handlers = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers |= {signal.SIGALRM: signal.signal(signal.SIGALRM, break_off)} if alone_on_cpu else {}
+    hook = program.optimizer.register_step_pre_hook(optimizer_begins)
     # loss and gradient norm of the steps not looked at yet: looking waits for the GPU
     losses = torch.zeros(max(1, min(config.log_interval, config.eval_interval, config.max_iters)), device=place.device)
     norms, unread, done, train_seconds, since = torch.zeros_like(losses), 0, 0, 0.0, began
-    curve, scores = [], {}
+    curve, scores, underflow = [], {}, False
     bar = tqdm(total=config.max_iters, initial=step, disable=not main or not sys.stderr.isatty(), smoothing=0.05, leave=False)
     try:
         while True:
@@ -311,7 +370,13 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                 seconds = time.perf_counter() - since
                 for i, (loss, norm) in enumerate(seen):
                     if not math.isfinite(loss) or not (math.isfinite(norm) or program.scaler.is_enabled()):  # the scaler skips such a step
-                        raise Diverged(step - unread + i + 1, loss, norm)
+                        raise diverged(step - unread + i + 1, f"loss {loss}, gradient norm {norm}: not finite")
+                if program.scaler.is_enabled() and (scale := program.scaler.get_scale()) < 1:
+                    if scale < SMALLEST_SCALE:
+                        raise diverged(step, f"the float16 scale fell to {scale:g}: the gradients are not finite at any scale")
+                    if main and not underflow:
+                        print(f"warning: step {step}: the float16 scale fell to {scale:g}, steps are skipped: try bfloat16", file=sys.stderr)
+                    underflow = True
                 loss = sum(loss for loss, _ in seen) / unread
                 ms, rate, lr = seconds / unread * 1e3, unread * program.tokens / seconds, learning_rate(config, step - 1)
                 mfu = rate * model.flops_per_token() / (place.peak * place.world) if place.peak else None
@@ -321,19 +386,22 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                     left = timedelta(seconds=round((config.max_iters - step) * train_seconds / done))
                     say(f"iter {step}: loss {loss:.4f}, {ms:.2f} ms, {rate:,.0f} tok/s, " + (f"mfu {mfu:.1%}, " if mfu else "") + f"left {left}")
 
-            if stop and step < config.max_iters:  # an evaluation that is due is made up for after resuming
+            if stop and (step < config.max_iters or broken_off):  # an evaluation that is due is made up for after resuming
                 write("last")
                 saved = f", saved in {out_dir / 'last'}; --init_from=resume continues" if save else ""
                 raise Interrupted(stop[0], f"stopped at step {step}{saved}")
             if config.eval_only or (at_eval and progress["evaluated"] != step):
-                scores = program.evaluate()
+                found = unless_broken_off(program.evaluate)
+                if found is None:
+                    continue
+                scores = found
                 if not math.isfinite(scores["val_loss"]):
-                    raise Diverged(step, scores["val_loss"], math.nan)
+                    raise diverged(step, f"validation loss {scores['val_loss']}: not finite")
+                record(step=step, **scores)  # before the progress: what could not be recorded is evaluated again after resuming
                 progress |= {"val_loss": scores["val_loss"], "evaluated": step}
                 if progress["best_val_loss"] is None or progress["val_loss"] < progress["best_val_loss"]:
                     progress |= {"best_val_loss": progress["val_loss"], "best_step": step}
                 curve.append([step, *scores.values()])
-                record(step=step, **scores)
                 if main and not quiet:
                     more = "".join(f", {name} {share:.2%}" for name, share in scores.items() if name != "val_loss")
                     say(f"step {step}: val loss {progress['val_loss']:.4f}{more}")
@@ -345,12 +413,26 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                 break
             if unread == 0:
                 since = time.perf_counter()
-            losses[unread], norms[unread] = program.step(seed, step)
+            found = unless_broken_off(program.step, seed, step)
+            if found is None:
+                continue
+            losses[unread], norms[unread] = found
             step, unread = step + 1, unread + 1
             bar.update()
+    except InputError as error:  # the log or a checkpoint cannot be written, or the data cannot be read: what is there is saved if it can be
+        if place.world > 1 or config.eval_only or not save or saved_at == step:
+            raise
+        try:
+            write("last")
+        except InputError:
+            raise error from None
+        raise InputError(f"{error}; stopped at step {step}, saved in {out_dir / 'last'}; --init_from=resume continues") from None
     finally:
+        if alone_on_cpu and caught:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        hook.remove()
         bar.close()
         if metrics:
             metrics.close()
@@ -365,6 +447,9 @@ def main(config: TrainConfig) -> int:
     try:
         return run(config, place)
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for CUDA alone
+        if place.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            reason = str(error).splitlines()[0][:200]
+            raise InputError(f"process {place.rank} of {place.world} lost the others, one of which may say why: {reason}") from None
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         reason = str(error).splitlines()[0][:200]
@@ -379,22 +464,22 @@ def run(config: TrainConfig, place: Place) -> int:
         arm = "A" if not config.diffusion else "A - I" if plain else f"{config.diffusion_lambda:g} (A - {config.diffusion_alpha:g} I)"
         say(f"{program.model.num_params() / 1e6:.2f} M parameters, arm {arm}; {place.name()} x {place.world}, {place.dtype}, {program.mode}")
         warn_if_long(program.model.flops_per_token() * config.max_iters * program.tokens, place)
+    status = 0
     try:
         result = train(program, config.seed, Path(config.out_dir))
     except Diverged as error:
+        status = 1
         if place.rank == 0:
-            print(f"error: {error}; the last checkpoint, if any, is from before it. Try a lower --learning_rate", file=sys.stderr)
-        return 1
+            print(f"error: {error}. Try a lower --learning_rate", file=sys.stderr)
     except Interrupted as error:
+        status = 128 + error.signal
         if place.rank == 0:
             say(str(error))
-        return 128 + error.signal
-    finally:
-        if place.world > 1:
-            dist.destroy_process_group()
-    if place.rank == 0 and not config.eval_only:
+    if place.world > 1:  # all processes come here or none: after any other exception this one must not wait for the others
+        dist.destroy_process_group()
+    if place.rank == 0 and not config.eval_only and status == 0:
         say(f"done: best val loss {result['best_val_loss']:.4f} at step {result['best_step']}, last {result['val_loss']:.4f}; see {config.out_dir}")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

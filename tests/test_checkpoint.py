@@ -14,7 +14,7 @@ import torch
 
 import checkpoint
 import train
-from checkpoint import load_into, load_model, optimizer_tensors, read_meta, read_nanogpt, read_weights, save
+from checkpoint import load_into, load_model, optimizer_tensors, read_meta, read_nanogpt, read_weights, readable, remove, save, settle
 from configurator import InputError, TrainConfig
 from dataset import Tokenizer, sha256_of
 from model import GPT, GPTConfig
@@ -45,9 +45,9 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)) for name in a)
 
 
-def loaded(directory: Path) -> tuple[int, dict[str, torch.Tensor]]:
+def loaded(directory: Path, name: str = "checkpoint.json") -> tuple[int, dict[str, torch.Tensor]]:
     """Step and tensors of a checkpoint, read into a model and an optimizer that held something else."""
-    meta = read_meta(directory)
+    meta = read_meta(directory, name)
     model, optimizer = state_of(99)
     load_into(directory, meta, model, optimizer)
     return meta["step"], tensors_of(model, optimizer)
@@ -119,11 +119,14 @@ def test_files_of_the_old_checkpoint_are_removed(tmp_path):
     old = {name for name in os.listdir(tmp_path) if name.endswith(".safetensors")}
     expected = saved(tmp_path, 2)
     now = set(os.listdir(tmp_path))
-    assert len(old) == 2 and not old & now and len(now) == 4 and "notes.txt" in now
-    assert same(loaded(tmp_path), expected)
-    model, _ = state_of(3)
-    save(tmp_path, model, None, 3)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert len(old) == 2 and old < now and len(now) == 7 and {"notes.txt", "previous.json"} < now
+    third = saved(tmp_path, 3)
+    now = set(os.listdir(tmp_path))
+    assert not old & now and len(now) == 7
+    assert not same(expected, third) and same(loaded(tmp_path), third)
+    model, _ = state_of(4)
+    save(tmp_path, model, None, 4)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 and not (tmp_path / "previous.json").exists()
 
 
 def test_a_checkpoint_without_optimizer_gives_weights_but_cannot_continue(tmp_path):
@@ -223,20 +226,20 @@ def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(tmp_path, step):
     outcomes = []
     for number in range(200):
         directory = tmp_path / str(number)
-        old = saved(directory, 1)
+        older, old = saved(directory, 0), saved(directory, 1)
         model, optimizer = state_of(2)
         new = step, tensors_of(model, optimizer)
         died = dies_at(number, lambda: save(directory, model, optimizer, step))
-        found = loaded(directory)
-        assert same(found, old) or same(found, new), number
-        outcomes.append(same(found, new))
+        found, before = loaded(directory), loaded(directory, "previous.json")
+        assert (same(found, old) and same(before, older)) or (same(found, new) and (same(before, older) or same(before, old))), number
+        outcomes.append(same(found, new) + same(before, old))
         after = saved(directory, 5)  # and the next save works and cleans up
-        assert same(loaded(directory), after)
-        assert len(list(directory.glob("*.safetensors"))) == 2
+        assert same(loaded(directory), after) and same(loaded(directory, "previous.json"), found)
+        assert len(list(directory.glob("*.safetensors"))) == 4
         if not died:
             break
-    assert not died and len(outcomes) > 12
-    assert outcomes == sorted(outcomes) and 3 <= sum(outcomes)  # one moment of change; two old files are removed after it
+    assert not died and len(outcomes) > 16
+    assert outcomes == sorted(outcomes) and {0, 1, 2} == set(outcomes)  # two moments of change: the new one is there, the old one is the previous one
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -271,15 +274,16 @@ def test_saving_the_same_state_again_never_breaks_it(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
 def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_temporary_files(tmp_path, monkeypatch, error):
-    old = saved(tmp_path, 1)
     model, optimizer = state_of(2)
     new = 2, tensors_of(model, optimizer)
+    last = {"replace": 3, "fsync": 5, "write_file": 1}  # from here on the new checkpoint is there; what fails is previous.json
     places = [(os, "replace"), (os, "fsync"), (safetensors.torch, "save_file"), (checkpoint, "write_file"), (checkpoint, "sha256_of")]
     failures = 0
     for owner, name in places:
         plain = getattr(owner, name)
-        for number in range(8):
-            calls = []
+        for number in range(9):
+            remove(tmp_path)
+            older, old, calls = saved(tmp_path, 0), saved(tmp_path, 1), []
 
             def failing(*args, **kwargs):
                 calls.append(name)
@@ -297,12 +301,11 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_temporary_files(tmp_
                     assert isinstance(caught, KeyboardInterrupt) == isinstance(error, KeyboardInterrupt)
                     assert isinstance(caught, KeyboardInterrupt) or "No space left on device" in str(caught)
             failures += 1
-            changed = name == "fsync" and number == 5  # of the directory, after checkpoint.json got its name
-            assert same(loaded(tmp_path), new if changed else old)
+            assert same(loaded(tmp_path), new if number >= last.get(name, 9) else old)
+            assert same(loaded(tmp_path, "previous.json"), old if (name, number) == ("fsync", 7) else older)  # 7: of the directory, after the rename
             assert not [path for path in os.listdir(tmp_path) if path.startswith(".")]
-        assert same(loaded(tmp_path), new)  # without the failure it saves
-        old = saved(tmp_path, 1)
-    assert failures == 3 + 6 + 2 + 1 + 2
+        assert same(loaded(tmp_path), new) and same(loaded(tmp_path, "previous.json"), old)  # without the failure it saves
+    assert failures == 4 + 8 + 2 + 2 + 2
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
@@ -357,6 +360,40 @@ def test_a_damaged_checkpoint_json_is_refused_by_name(tmp_path, bad):
     assert str(tmp_path / "checkpoint.json") in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["checkpoint.json", "model", "optimizer"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(tmp_path, kind, damage, capsys):
+    older, newer = saved(tmp_path, 1), saved(tmp_path, 2)
+    meta = read_meta(tmp_path)
+    path = tmp_path / (kind if kind == "checkpoint.json" else meta["files"][kind]["name"])
+    whole = path.read_bytes()
+    assert readable(tmp_path, "model", "optimizer") == meta and capsys.readouterr() == ("", "")
+    path.write_bytes({"flip": whole[:100] + bytes([whole[100] ^ 4]) + whole[101:], "cut": whole[:-9], "gone": b""}[damage])
+    if damage == "gone":
+        path.unlink()
+    found = readable(tmp_path, "model", "optimizer")
+    err = capsys.readouterr().err
+    assert err.startswith("warning: ") and err.count("\n") == 1 and f"step 1 of {tmp_path / 'previous.json'}" in err and str(tmp_path) in err
+    assert path.name in err and found == read_meta(tmp_path, "previous.json") and same(loaded(tmp_path, "previous.json"), older)
+    if kind == "optimizer":  # which a reader of the weights does not need
+        assert readable(tmp_path, "model") == meta and capsys.readouterr() == ("", "")
+    settle(tmp_path, found)
+    assert same(loaded(tmp_path), older)
+    third = saved(tmp_path, 3)  # and the good one is kept, not the damaged one
+    assert same(loaded(tmp_path), third) and same(loaded(tmp_path, "previous.json"), older) and not same(newer, older)
+
+
+def test_where_both_are_damaged_both_are_named(tmp_path):
+    saved(tmp_path, 1)
+    saved(tmp_path, 2)
+    names = [read_meta(tmp_path, name)["files"]["model"]["name"] for name in ("checkpoint.json", "previous.json")]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError) as error:
+        readable(tmp_path, "model")
+    assert all(str(tmp_path / name) in str(error.value) for name in names)
+
+
 @pytest.mark.parametrize("key", ["files", "model", "step", "tokenizer", "kind", "format", "sha256"])
 def test_a_checkpoint_json_without_a_key_is_refused(tmp_path, key):
     saved(tmp_path, 1)
@@ -366,6 +403,16 @@ def test_a_checkpoint_json_without_a_key_is_refused(tmp_path, key):
     with pytest.raises(InputError) as error:
         load_model(tmp_path)
     assert str(tmp_path / "checkpoint.json") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"files": []}, {"files": {"model": 3}}, {"files": {"model": {"name": 1}}}, {"model": {"n_layer": 2}}, {"model": 1}]
+)
+def test_a_checkpoint_json_of_another_form_is_refused_though_its_checksum_fits(tmp_path, change):
+    saved(tmp_path, 1)
+    rewrite(tmp_path, read_meta(tmp_path) | change)
+    with pytest.raises(InputError):
+        load_model(tmp_path)
 
 
 def test_a_flipped_bit_in_checkpoint_json_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import dataset
 from configurator import InputError
-from dataset import Tokenizer, Tokens, prepare_if_missing, sha256_of, write_file, write_tokens
+from dataset import Tokenizer, Tokens, meta_json, prepare_if_missing, sha256_of, write_file, write_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 CHARACTERS = {"type": "char", "characters": "abc"}
@@ -234,6 +234,47 @@ def test_meta_without_a_key(small, path):
     assert str(small / "meta.json") in message and path[-1] in message
 
 
+def test_every_flipped_bit_in_meta_is_refused_or_without_effect(small):
+    path = small / "meta.json"
+    whole, before = path.read_bytes(), vars(Tokens(small, 4, "cpu"))
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            found = vars(Tokens(small, 4, "cpu"))
+        except InputError as error:
+            assert str(path) in str(error) or "bin" in str(error)
+            continue
+        assert all(found[key] == before[key] for key in ("vocab_size", "tokenizer", "checksum"))
+    path.write_bytes(json.dumps(json.loads(whole), indent=None, sort_keys=True).encode())  # written down otherwise, and equal
+    Tokens(small, 4, "cpu")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_large_files_are_looked_at_batch_by_batch(tmp_path, monkeypatch, split):
+    """Beyond HASH_AT_LOAD nothing is read at the start; a batch with an id beyond the vocabulary is refused before it goes to the device."""
+    ids = {"train": [0, 1, 2] * 40, "val": [0, 1, 2] * 40}
+    ids[split][77] = 3
+    directory = prepared(tmp_path, ids["train"], ids["val"], vocab_size=3)
+    monkeypatch.setattr(dataset, "HASH_AT_LOAD", 100)
+    tokens = Tokens(directory, 4, "cpu")
+    tokens.batch(torch.tensor([0, 30, 72, 78]))  # 72 to 76 and 78 to 82
+    tokens.device = torch.device("meta")  # nothing of a refused batch is on the device
+    with pytest.raises(InputError, match=f"{split}.bin has token id 3, the vocabulary has 3"):
+        tokens.batch(torch.tensor([0, 73])) if split == "train" else list(tokens.validation(4))
+    monkeypatch.setattr(dataset, "HASH_AT_LOAD", 1000)
+    assert "token id 3" in refused(directory)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_large_files_on_the_gpu_are_looked_through_there(tmp_path, monkeypatch):
+    directory = prepared(tmp_path, [0, 40_000, 2] * 40, [0, 1, 2] * 40, vocab_size=40_001)
+    monkeypatch.setattr(dataset, "HASH_AT_LOAD", 100)
+    monkeypatch.setattr(dataset, "SCAN", 7)
+    assert Tokens(directory, 4, "cuda").unseen == {}
+    with pytest.raises(InputError, match="token id 40000"):
+        Tokens(prepared(tmp_path, [0, 40_000, 2] * 40, [0, 1, 2] * 40, vocab_size=40_000), 4, "cuda")
+
+
 def test_write_file_writes_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_file(path, b"old")
@@ -254,7 +295,7 @@ def test_meta_is_read_as_utf8_in_any_locale(tmp_path):
     prepared(tmp_path, [0, 1, 2] * 4, [0, 1, 2] * 4)
     meta = json.loads((tmp_path / "meta.json").read_bytes())
     meta["tokenizer"] = {"type": "char", "characters": "aé😀"}
-    write_file(tmp_path / "meta.json", json.dumps(meta, ensure_ascii=False).encode())
+    write_file(tmp_path / "meta.json", meta_json(meta))
     code = "import sys; from dataset import Tokens; assert ascii(Tokens(sys.argv[1], 4, 'cpu').tokenizer['characters']) == ascii('a\\xe9\\U0001f600')"
     plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, tmp_path], env=os.environ | plain, capture_output=True, text=True)

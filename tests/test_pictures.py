@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import checkpoint
 import train
 from configurator import InputError, TrainConfig
-from dataset import Pictures, Tokens, load
+from dataset import Pictures, Tokens, load, meta_json
 from metrics import KEYS, read_metrics
 from model import GPT, GPTConfig, ViT, ViTConfig
 from pictures import FILES, PictureWriter
@@ -242,7 +242,7 @@ def rewrite(directory: Path, change):
     """meta.json after change(meta)."""
     meta = json.loads((directory / "meta.json").read_text())
     change(meta)
-    (directory / "meta.json").write_text(json.dumps(meta))
+    (directory / "meta.json").write_bytes(meta_json(meta))
 
 
 def test_attributes(noise):

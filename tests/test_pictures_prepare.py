@@ -21,6 +21,7 @@ from PIL import Image
 
 import pictures
 from configurator import InputError, configure
+from dataset import own_sha256
 from pictures import PictureWriter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +107,7 @@ def test_writer_mean_std_and_duplicates(tmp_path, monkeypatch):
     np.testing.assert_allclose(meta["mean"], exact.mean(axis=(0, 2)), rtol=1e-13)
     np.testing.assert_allclose(meta["std"], exact.std(axis=(0, 2)), rtol=1e-13)
     assert meta["duplicates"] == {"val_in_train": 2, "train_repeated": 2} and meta["note"] == "more"
-    assert read_meta(tmp_path / "out") == meta
+    assert read_meta(tmp_path / "out") == meta | {"sha256": own_sha256(meta)}
     assert (read(tmp_path / "out", "train")[0].reshape(23, 768) == train).all()
     assert (read(tmp_path / "out", "val")[0].reshape(5, 768) == val).all()
     assert meta["kind"] == "pictures" and meta["dtype"] == "uint8" and meta["shape"] == [3, 16, 16] and meta["classes"] == 2

@@ -23,7 +23,7 @@ import pytest
 import corpus
 from configurator import InputError, TrainConfig, build, configure, one_line_errors
 from corpus import GPT2Encoder, write_corpus
-from dataset import Tokenizer, Tokens, gpt2_bpe
+from dataset import Tokenizer, Tokens, gpt2_bpe, own_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -114,7 +114,8 @@ def check(source, out: Path, documents: list[str], **options) -> dict:
     meta = write(source, out, **options)
     assert set(files_in(out)) == FILES
     assert ((out / "train.bin").read_bytes(), (out / "val.bin").read_bytes()) == expected(documents)
-    assert json.loads((out / "meta.json").read_text()) == {"kind": "tokens", "dtype": "uint16", **meta}
+    written = json.loads((out / "meta.json").read_text())
+    assert written == {"kind": "tokens", "dtype": "uint16", **meta, "sha256": own_sha256(written)}
     assert meta["documents"] == len(documents) and meta["text_bytes"] == sum(len(text.encode()) for text in documents)
     return meta
 

@@ -28,7 +28,6 @@ import hashlib
 import html
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -291,20 +290,12 @@ def write(directory: Path, content: bytes, train, val, meta: dict):
 
     All are written in a folder beside them first, so that a full disk changes nothing.
     """
-    from dataset import replace_files, write_file, write_tokens
+    from dataset import replace_files, staging, write_file, write_tokens
 
-    folder = None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".prepare.", suffix=".tmp", dir=directory))
+    with staging(directory) as folder:
         write_tokens(folder, train, val, meta)
         write_file(folder / "input.txt", content)
         replace_files(folder, directory, ("train.bin", "val.bin", "input.txt", "meta.json"))
-    except OSError as error:
-        raise InputError(f"cannot write in {directory}: {error.strerror or error}") from None
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare(config: PrepareConfig):
