@@ -132,7 +132,7 @@ HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
 
 def code_sha256() -> str:
     """One checksum of the files that decide a run's numbers."""
-    names = ("model.py", "dataset.py", "train.py", "optimizer.py", "parallel.py", "onednn.py", "place.py")
+    names = ("model.py", "dataset.py", "train.py", "optimizer.py", "parallel.py", "onednn.py", "place.py", "variants.py")
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest()
 
 

@@ -232,7 +232,8 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
         if (meta["kind"] == "pictures") != isinstance(model, ViT):
             raise InputError(f"{last} was trained on {meta['kind']}, --dataset={config.dataset} is of the other kind")
         for key, ours in dataclasses.asdict(model.config).items():
-            theirs = tuple(meta["model"][key]) if isinstance(ours, tuple) else meta["model"][key]
+            theirs = meta["model"].get(key, getattr(type(model.config), key, None))  # a key younger than the checkpoint had its default then
+            theirs = tuple(theirs) if isinstance(ours, tuple) else theirs
             if ours != theirs:
                 raise InputError(f"{last} was trained with {key}={theirs}, this run has {key}={ours}: resume with the same config")
         if meta["data"] != program.data.checksum:
