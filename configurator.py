@@ -148,9 +148,7 @@ class TrainConfig:
         for key, known in VARIANTS.items():
             need(getattr(self, key) in known, f"--{key}={getattr(self, key)} must be {' or '.join(known)}")
         given = self.init_from not in ("scratch", "resume")
-        need(
-            not given or self.weight_init == "gpt2", f"--weight_init={self.weight_init} has no effect: --init_from={self.init_from} gives the weights"
-        )
+        need(not given or self.weight_init == "gpt2", f"--weight_init={self.weight_init} has no effect: the weights are those of {self.init_from}")
         need(self.dtype in ("auto", "float32", "bfloat16", "float16"), f"--dtype={self.dtype} must be auto, float32, bfloat16 or float16")
         need(
             re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,

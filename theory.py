@@ -1,7 +1,8 @@
-"""The quantities of the theory as small pure functions: the lower bound whose ascent a block unrolls, its gradient, and what is measured on attention.
+"""The theory's quantities as small pure functions: the lower bound whose ascent a block unrolls, its gradient, and what is measured on attention.
 
-Source: probabilistic Laplacian Eigenmaps, arXiv 2507.21040 and arXiv 2304.07658. Notation: X (n, p) holds one latent of p channels per token, A (n, n)
-is row-stochastic, L = I - A. Leading dimensions, where a function allows them, are a batch. Everything is differentiable and keeps the dtype given.
+Source: probabilistic Laplacian Eigenmaps, arXiv 2507.21040 and arXiv 2304.07658. Notation: X (n, p) holds one latent of p channels per token,
+A (n, n) is row-stochastic, L = I - A. Leading dimensions, where a function allows them, are a batch. Everything is differentiable and keeps its
+dtype.
 
 A is in general not symmetric (softmax normalises rows), so L is not either. A quadratic form sees the symmetric part alone:
 tr(X^T L X) = tr(X^T (L + L^T)/2 X). Nothing is symmetrised before a function gets it; each docstring says what it does.
@@ -46,9 +47,9 @@ def gradient_terms(X, L, nu: float, beta: float):
 def dirichlet_energy(X, A):
     """tr(X^T L X) / tr(X^T X) with L = I - A: (..., n, p), (..., n, n) -> (...).
 
-    0 where every token is its neighbours' average (a constant X), 1 where the neighbours' averages are orthogonal to the tokens. L is not symmetrised, which
-    changes nothing here. For a non-symmetric A it is not quite the sum of weighted squared differences, 1/2 sum_ij a_ij |x_i - x_j|^2 / tr(X^T X),
-    since columns of A need not sum to 1, and it can be slightly negative for the same reason.
+    0 where every token is its neighbours' average (a constant X), 1 where the neighbours' averages are orthogonal to the tokens. L is not made
+    symmetric, which changes nothing here. For a non-symmetric A it is not quite the sum of weighted squared differences,
+    1/2 sum_ij a_ij |x_i - x_j|^2 / tr(X^T X), since columns of A need not sum to 1, and it can be negative for the same reason.
     """
     return 1 - (X * (A @ X)).sum(dim=(-2, -1)) / X.square().sum(dim=(-2, -1))
 

@@ -4,8 +4,8 @@
     head_combine       concat | product             how the heads' updates become one
     weight_init        gpt2 | unrolled              where training starts
 
-model.py imports this file only when one of the keys asks for it. All work in both arms, in GPT and ViT, and together. Graph diffusion stays where it is,
-in model.diffuse. Shapes: B sequences, H heads, T queries, S keys, d = C / H.
+model.py imports this file only when one of the keys asks for it. All work in both arms, in GPT and ViT, and together. Graph diffusion stays where
+it is, in model.diffuse. Shapes: B sequences, H heads, T queries, S keys, d = C / H.
 """
 
 import math
@@ -18,7 +18,7 @@ from model import CausalSelfAttention, attention_matrix, diffuse
 
 
 def fused(q, k, v, scale: float, mask, causal: bool, dropout: float):
-    """softmax(scale q k^T) v by the fused kernel, for q and k of one width and v of another: (B, H, T, a), (B, H, S, a), (B, H, S, c) -> (B, H, T, c).
+    """softmax(scale q k^T) v by the fused kernel; v may have another width: (B, H, T, a), (B, H, S, a), (B, H, S, c) -> (B, H, T, c).
 
     The widths are filled up with zeros, which change no product, to a common multiple of 8: what the fast kernels ask for.
     """
@@ -36,8 +36,8 @@ def with_key_norms(q, k):
     """(B, H, T, d), (B, H, S, d) -> the same with two channels more, such that q' k'^T = q k^T - |k|^2 / 2 in every row.
 
     The Gaussian kernel exp(-|q - k|^2 / (2 sqrt d)) = exp(-|q|^2 / (2 sqrt d)) exp((q k - |k|^2 / 2) / sqrt d). Its first factor is the same in
-    a whole row, and goes when rows are normalised: so rbf attention is softmax attention with the key-norm bias -|k|^2 / (2 sqrt d), and that is a product
-    with one more channel, (q, 1) (k, -|k|^2 / 2). The second channel holds what the first has lost by rounding, in bfloat16 about 0.4 %.
+    a whole row, and goes when rows are normalised: so rbf attention is softmax attention with the key-norm bias -|k|^2 / (2 sqrt d), and that is
+    a product with one more channel, (q, 1) (k, -|k|^2 / 2). The second channel holds what the first has lost by rounding, up to 0.4 % in bfloat16.
     """
     norm = -0.5 * k.to(torch.promote_types(k.dtype, torch.float32)).square().sum(dim=-1, keepdim=True)
     rounded = norm.to(k.dtype)
@@ -80,9 +80,9 @@ def kernel_matrix(q, k, causal: bool, kernel: str):
 class VariantAttention(CausalSelfAttention):
     """CausalSelfAttention with another kernel, or with its heads combined as a product of experts.
 
-    Kernels: softmax exp(q k / sqrt d), rbf exp(-|q - k|^2 / (2 sqrt d)), student_t 1 / (1 + |q - k|^2 / sqrt d), rows normalised, causal where the
-    model is. rbf runs in the fused kernel with 2 channels more (8, with the padding). student_t stores the B x H x T x S matrix in float32, in training
-    several times for the backward pass: 4 B H T S bytes each, 0.6 GiB a layer at GPT-2's 12 heads, T = 1024 and 12 sequences.
+    Kernels: softmax exp(q k / sqrt d), rbf exp(-|q - k|^2 / (2 sqrt d)), student_t 1 / (1 + |q - k|^2 / sqrt d), rows normalised, causal where
+    the model is. rbf runs in the fused kernel with 2 channels more (8, with the padding). student_t stores the B x H x T x S matrix in float32, and
+    in training several of them for the backward pass: 4 B H T S bytes each, 0.6 GB a layer at GPT-2's 12 heads, T = 1024 and 12 sequences.
 
     head_combine="product" reads the heads as experts. Assumptions: head h says of the same token's new latent z that it is Gaussian,
 
@@ -92,17 +92,18 @@ class VariantAttention(CausalSelfAttention):
 
         mean  x + sum_h pi_h mu_h / sum_h pi_h  =  x + sum_h W_o^h (w_h y^h),    w_h = H pi_h / sum_g pi_g,    precision  sum_h pi_h
 
-    (log-densities add, quadratic terms add; W_o's bias, if any, is common to all). y^h is what the head of the ordinary block hands to c_proj, A v or
-    lambda (A v - alpha v). The factor H in mu_h is a choice of unit: with equal precisions, and hence for one head exactly, this is the ordinary block.
+    (log-densities add, quadratic terms add; W_o's bias, if any, is common to all). y^h is what the head of the ordinary block hands to c_proj, A v
+    or lambda (A v - alpha v). The factor H in mu_h is a choice of unit: with equal precisions, so for one head exactly, this is the ordinary block.
 
-    The precision is computed from the attention row. Read as a distribution over its tokens' values, row i of A has mean (A v)_i and per channel the variance
-    var_i = sum_s a_is |v_s|^2 / d - |(A v)_i|^2 / d; the Gaussian with these moments is the head's factor, plus a noise of its own:
+    The precision is computed from the attention row. Read as a distribution over its tokens' values, row i of A has mean (A v)_i and per channel the
+    variance var_i = sum_s a_is |v_s|^2 / d - |(A v)_i|^2 / d; the Gaussian with these moments is the head's factor, plus a noise of its own:
 
         pi_h,i = 1 / (var_i + exp(log_noise_h))
 
-    So a head whose neighbours agree is believed more. log_noise (H,) is the one parameter more, and starts near 0 (GPT-2's 0.02). A precision learned per
-    head alone would change nothing: constant weights are absorbed by W_o. The second moment is one more channel of the values in the same fused call.
-    The subtraction of alpha v shifts a head's mean by something known, which leaves the variance alone. Under dropout both moments see the same dropped row.
+    So a head whose neighbours agree is believed more. log_noise (H,) is the one parameter more, and starts near 0 (drawn like a weight, 0.02). A
+    precision learned per head alone would change nothing: W_o absorbs constant weights. The second moment is one more channel of the values in the
+    same fused call. Subtracting alpha v shifts a head's mean by something known, which leaves the variance alone; lambda is a step size, outside
+    the factor. Under dropout both moments see the same dropped row.
     """
 
     def __init__(self, config, layer: int):
@@ -154,26 +155,32 @@ STEP = 0.25  # eta n_layer: all blocks together move a token by this times Layer
 
 
 @torch.no_grad()
+def add_theory_to_block(block, temperature: float, eta: float, regulariser: float):
+    """Adds the theory's weights to those of a model.Block, in place; on top of zeros it is one step of the theory (unroll.py). With u = LN(x):
+
+        W_q, W_k += s I,  s^2 = 1 / (sqrt(d) temperature):  head h compares its own d channels: q k / sqrt d = cosine / temperature for |u_h|^2 = d
+        W_v += I,  W_o += eta I:                            attention adds eta A u (arm A) or eta (A - I) u, head by head on its channels
+        feed-forward += regulariser u:                      M = regulariser I, which nu X (X^T X + beta I)^-1 is for whitened latents, X^T X = n I,
+                                                            with regulariser = nu eta / (n + beta)
+
+    GELU(z) - GELU(-z) = z makes the feed-forward exactly linear: C hidden channels get I, the next C get -I, c_proj gets regulariser times I and -I.
+
+    Source: arXiv 2507.21040, THEORY section 1: X <- X + eta (A - I) LN(X), then X <- X + LN(X) M.
+    """
+    C, d = block.attn.c_proj.weight.size(0), block.attn.c_proj.weight.size(0) // block.attn.n_head
+    identity = torch.eye(C, dtype=block.attn.c_proj.weight.dtype, device=block.attn.c_proj.weight.device)
+    scale = 1 / math.sqrt(math.sqrt(d) * temperature)
+    block.attn.c_attn.weight += torch.cat((scale * identity, scale * identity, identity))
+    block.attn.c_proj.weight += eta * identity
+    block.mlp.c_fc.weight[: 2 * C] += torch.cat((identity, -identity))
+    block.mlp.c_proj.weight[:, : 2 * C] += regulariser * torch.cat((identity, -identity), dim=1)
+
+
 def add_theory(model, temperature: float = COSINE_TEMPERATURE, step: float = STEP):
     """weight_init="unrolled": adds the theory's weights to GPT-2's random ones in place, which thereby become the noise around them.
 
-    THEORY: arXiv 2507.21040, a block is X <- X + eta (A - I) LN(X), then X <- X + LN(X) M. With u = LN(x), |u|^2 = C and d channels a head:
-
-        W_q, W_k += s I,  s^2 = 1 / (sqrt(d) temperature):  head h compares its own d channels, q k / sqrt d = cosine / temperature (|u_h|^2 about d)
-        W_v += I,  W_o += eta I:                            attention adds eta A u (arm A) or eta (A - I) u, head by head on its channels
-        feed-forward += eta u:                              M = eta I, the regulariser nu X (X^T X + beta I)^-1 for the whitened X^T X = T I, in which
-                                                            it is a multiple of the identity. GELU(z) - GELU(-z) = z makes that exactly linear: the first C
-                                                            hidden channels get I, the next C get -I, and c_proj gets eta and -eta times I
-
-    The residual scale is eta = step / n_layer, so that depth does not change how far all blocks go. Embeddings, LayerNorm and biases stay GPT-2's.
+    Both the diffusion and the regulariser step are eta = step / n_layer, so that depth does not change how far all blocks together go. Embeddings,
+    LayerNorm and biases stay GPT-2's.
     """
-    C, d = model.config.n_embd, model.config.n_embd // model.config.n_head
-    identity, eta = torch.eye(C), step / model.config.n_layer
     for block in model.transformer.h:
-        q, k, v = block.attn.c_attn.weight.split(C)
-        q += identity / math.sqrt(math.sqrt(d) * temperature)
-        k += identity / math.sqrt(math.sqrt(d) * temperature)
-        v += identity
-        block.attn.c_proj.weight += eta * identity
-        block.mlp.c_fc.weight[: 2 * C] += torch.cat((identity, -identity))
-        block.mlp.c_proj.weight[:, : 2 * C] += eta * torch.cat((identity, -identity), dim=1)
+        add_theory_to_block(block, temperature, step / model.config.n_layer, step / model.config.n_layer)
