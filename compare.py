@@ -122,7 +122,7 @@ ENDPOINTS = {
     "top5": ("last top-5 accuracy", "top5", "", 1),
 }
 # keys that cannot change a run's losses, so a cell may be used again when they differ; data and device are told by checksum and name
-HARMLESS = {"out_dir", "overwrite", "seed", "dataset", "log_interval", "always_save_checkpoint", "device", "eval_only"}
+HARMLESS = {"out_dir", "overwrite", "seed", "dataset", "log_interval", "always_save_checkpoint", "device", "eval_only", "probe_interval"}
 HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
 
 

@@ -54,6 +54,7 @@ class TrainConfig:
     eval_interval: int = 2000  # steps between evaluations (and checkpoints)
     eval_tokens: int = 0  # validation tokens read per evaluation, evenly spaced; 0: the whole validation set
     log_interval: int = 1  # steps between two lines of the log
+    probe_interval: int = 0  # steps between two rows of OUT_DIR/probe.jsonl: attention against the theory (probe.py); 0: never
     eval_only: bool = False  # evaluate once and stop
     always_save_checkpoint: bool = True  # write last/ at every evaluation; False: only at the end and when interrupted
     init_from: str = "scratch"  # scratch, resume, OUT_DIR/best, nanoGPT's PATH/ckpt.pt, gpt2[-medium, -large, -xl], or a transformers folder
@@ -115,7 +116,7 @@ class TrainConfig:
         counts = ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size", "block_size", "patch_size")
         for key in (*counts, "n_layer", "n_head", "n_embd"):
             need(getattr(self, key) >= 1, f"--{key}={getattr(self, key)} must be at least 1")
-        for key in ("eval_tokens", "vocab_size", "max_iters", "warmup_iters", "seed", "weight_decay", "grad_clip", "crop_pad"):
+        for key in ("eval_tokens", "vocab_size", "max_iters", "warmup_iters", "seed", "weight_decay", "grad_clip", "crop_pad", "probe_interval"):
             need(getattr(self, key) >= 0, f"--{key}={getattr(self, key)} must not be negative")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
