@@ -242,14 +242,14 @@ def draw(path: Path, runs: dict[str, list[dict]]):
     import matplotlib.pyplot as plt
 
     figure, grid = plt.subplots(
-        len(ROWS), len(runs), figsize=(1.5 + 4.2 * len(runs), 2.3 * len(ROWS)), layout="constrained", squeeze=False, sharex="col", sharey="row"
+        len(ROWS), len(runs), figsize=(1.5 + 4.2 * len(runs), 2.0 * len(ROWS)), layout="constrained", squeeze=False, sharex="col", sharey="row"
     )
+    deepest = max(max(curves(rows, "effective_rank")) for rows in runs.values())  # the number of blocks
     for column, (title, rows) in enumerate(runs.items()):
         steps = [row["step"] for row in rows]
         for axes, (quantity, label) in zip(grid[:, column], ROWS):
-            found = curves(rows, quantity)
-            for depth, values in sorted(found.items()):
-                color = plt.get_cmap("viridis")(0.92 * depth / max(1, max(found)))
+            for depth, values in sorted(curves(rows, quantity).items()):
+                color = plt.get_cmap("viridis")(0.92 * depth / deepest)
                 axes.plot(steps, values, color=color, linewidth=1.4, marker="." if len(steps) < 4 else None)
             axes.grid(alpha=0.3)
             if quantity in ("cosine", "cosine_average", "smoothing"):
@@ -258,10 +258,12 @@ def draw(path: Path, runs: dict[str, list[dict]]):
                 axes.set_ylabel(label, fontsize=8)
         grid[0, column].set_title(title)
         grid[-1, column].set_xlabel("training step")
-    depths = max(len(curves(rows, "effective_rank")) for rows in runs.values()) - 1
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, depths / 0.92), "viridis")
-    bar = figure.colorbar(scale, ax=grid, shrink=0.4, label="layer, from 0", boundaries=[i - 0.5 for i in range(depths + 1)], ticks=range(depths))
-    bar.ax.tick_params(labelsize=8)
+    levels = list(range(deepest + 1))
+    bar = figure.colorbar(
+        plt.cm.ScalarMappable(plt.Normalize(0, deepest / 0.92), "viridis"), ax=grid, shrink=0.4, boundaries=[i - 0.5 for i in range(deepest + 2)]
+    )
+    bar.set_ticks(levels[:: max(1, len(levels) // 12)])
+    bar.set_label("layer, from 0; for the rank: blocks passed")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     plt.close(figure)

@@ -52,7 +52,7 @@ def plain_probe(model, inputs) -> dict[str, float]:
         return math.exp(-sum(p * math.log(p) for p in share if p > 0))
 
     def cosine(update, direction):
-        both = [(a, b) for a, b in zip(update, direction) if b.norm() > 1e-12]
+        both = [(a, b) for a, b in zip(update, direction) if min(a.norm(), b.norm()) > 1e-12]
         return sum(float(a @ b / (a.norm() * b.norm())) for a, b in both) / len(both)
 
     for one in inputs.split(1):
