@@ -15,6 +15,7 @@ import variants
 from configurator import InputError, TrainConfig
 from export_hf import ExportConfig, export
 from model import GPT, Block, CausalSelfAttention, GPTConfig, KVCache, LayerNorm, ViT, ViTConfig, attention_reference
+from sample import StaticCache
 from tests.test_train import build, equal, losses, run, tensors, tiny
 
 KERNELS = ("softmax", "rbf", "student_t")
@@ -152,6 +153,19 @@ def test_decoding_with_a_cache_gives_the_logits_without(keys, arm):
         found.append((piece.size(1), model(piece, cache=cache)[0][:, 0]))
     for end, (_, logits) in zip(itertools.accumulate(length for length, _ in found), found):
         torch.testing.assert_close(logits, whole[:, end - 1], **TIGHT)
+
+
+@pytest.mark.parametrize("keys", ALL)
+@torch.inference_mode()
+def test_decoding_with_the_cache_of_cuda_graphs_gives_the_same(keys):
+    model = gpt(**keys, diffusion=True)
+    idx = torch.randint(19, (1, 12), generator=torch.Generator().manual_seed(1))
+    whole, _ = model(idx, idx)
+    cache = StaticCache(model.config, 1, "cpu", torch.float64)
+    model(idx[:, :4], cache=cache)
+    for i in range(4, 12):
+        cache.position.fill_(i)
+        torch.testing.assert_close(model(idx[:, i : i + 1], cache=cache)[0][:, 0], whole[:, i], **TIGHT)
 
 
 @pytest.mark.parametrize("keys", ALL)
