@@ -55,7 +55,6 @@ if __name__ == "__main__":  # before torch is imported
             raise SystemExit
         command_line = parse(__import__("sys").argv[1:])
 
-import copy
 import io
 import json
 import math
@@ -66,8 +65,9 @@ import torch
 from torch.nn import functional as F
 
 import theory
+from checkpoint import copy_weights
 from dataset import write_file
-from model import attention_matrix
+from model import GPT, ViT, attention_matrix
 
 HEAD = ("cosine", "cosine_average", "entropy", "diagonal", "dirichlet_in", "dirichlet_out")
 LAYER = ("effective_rank", "cosine", "cosine_average")
@@ -124,14 +124,17 @@ def measure_block(block, x, x_next) -> tuple[torch.Tensor, torch.Tensor]:
 def probe(model, batches: Iterable, sequences: int = SEQUENCES) -> Iterator[tuple[str, float]]:
     """Yields (name, value): "layer L head H QUANTITY" and "layer L QUANTITY", averaged over the first `sequences` sequences of `batches`.
 
-    `batches` yields what the model takes, inputs first: (B, T) token ids or (B, 3, S, S) pictures. The model itself is not touched: a copy in eval
-    mode, in float32 at least and without autocast, is run with hooks on its blocks, one sequence at a time: H T T numbers are stored, not B H T T.
-    Layers and heads are counted from 0. Raises ValueError when there is no sequence, InputError for a model whose parameters are sharded.
+    `batches` yields what the model takes, inputs first: (B, T) token ids or (B, 3, S, S) pictures. The model itself is not touched: a plain copy in
+    eval mode, in float32 at least and without autocast, is run with hooks on its blocks, one sequence at a time, so H T T numbers are stored, not
+    B H T T. Layers and heads are counted from 0. Raises ValueError when there is no sequence, InputError for a model whose parameters are sharded.
     """
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
         raise InputError("the probe needs a whole model: use --parallel=ddp, or probe the checkpoint afterwards")
-    copied = copy.deepcopy(model).eval()
-    copied = copied.float() if next(copied.parameters()).dtype != torch.float64 else copied
+    weights = dict(model.named_parameters())
+    one = next(iter(weights.values()))
+    wide = torch.promote_types(one.dtype, torch.float32)
+    copied = (GPT if isinstance(model, GPT) else ViT)(model.config).to(one.device, wide).eval()  # its plain modules, whatever training made of them
+    copy_weights(copied, weights, "the model")
     stream = []  # what enters each block, and the final LayerNorm
     blocks = copied.transformer.h
     for module in (*blocks, copied.transformer.ln_f):
@@ -143,7 +146,7 @@ def probe(model, batches: Iterable, sequences: int = SEQUENCES) -> Iterator[tupl
                 break
             stream.clear()
             with torch.autocast(x.device.type, enabled=False):
-                copied(x.to(next(copied.parameters()).dtype) if x.is_floating_point() else x, None)
+                copied(x.to(wide) if x.is_floating_point() else x)
                 found = [measure_block(block, *pair) for block, pair in zip(blocks, zip(stream, stream[1:]))]
                 first = first + theory.effective_rank(F.layer_norm(stream[0][0], stream[0].shape[-1:])).double()
             heads = heads + torch.stack([part for part, _ in found]).double()  # (n_layer, 6, H)

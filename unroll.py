@@ -47,9 +47,17 @@ class UnrollConfig:
         for key, known in (("dataset", ("digits", "mnist")), ("arm", ("A", "A-I", "both"))):
             if getattr(self, key) not in known:
                 raise InputError(f"--{key}={getattr(self, key)} must be {' or '.join(known)}")
-        for key, low in (("n", 100), ("steps", 1), ("seeds", 1), ("first_seed", 0), ("latent_dim", 3), ("neighbours", 1)):
-            if getattr(self, key) < low:
-                raise InputError(f"--{key}={getattr(self, key)} must be at least {low}")
+        limits = {
+            "n": (100, 70_000),
+            "steps": (1, 1000),
+            "seeds": (1, 1000),
+            "first_seed": (0, 10**9),
+            "latent_dim": (3, 4096),
+            "neighbours": (1, 10**4),
+        }
+        for key, (low, high) in limits.items():
+            if not low <= getattr(self, key) <= high:
+                raise InputError(f"--{key}={getattr(self, key)} must be between {low} and {high}")
         for key in ("temperature", "eta", "beta"):
             if not 0 < getattr(self, key) < float("inf"):
                 raise InputError(f"--{key}={getattr(self, key)} must be a positive, finite number")

@@ -175,8 +175,8 @@ def test_the_program_writes_its_report_and_figures(tmp_path):
 
 @pytest.mark.parametrize("args,words", [
     (["--dataset=cifar"], "--dataset=cifar must be digits or mnist"), (["--arm=A+I"], "--arm=A+I must be A or A-I or both"),
-    (["--steps=0"], "--steps=0 must be at least 1"), (["--temperature=0"], "--temperature=0.0 must be a positive"),
-    (["--temprature=1"], "perhaps you meant 'temperature'"), (["--n=50"], "--n=50 must be at least 100"), (["--eta=nan"], "--eta=nan must be"),
+    (["--steps=0"], "--steps=0 must be between 1 and"), (["--temperature=0"], "--temperature=0.0 must be a positive"),
+    (["--temprature=1"], "perhaps you meant 'temperature'"), (["--n=50"], "--n=50 must be between 100 and"), (["--eta=nan"], "--eta=nan must be"),
     (["--eta=x"], "--eta=x is not of type float"), (["mnist"], "'mnist' is neither an option"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(args, words):
