@@ -47,14 +47,8 @@ class UnrollConfig:
         for key, known in (("dataset", ("digits", "mnist")), ("arm", ("A", "A-I", "both"))):
             if getattr(self, key) not in known:
                 raise InputError(f"--{key}={getattr(self, key)} must be {' or '.join(known)}")
-        limits = {
-            "n": (100, 70_000),
-            "steps": (1, 1000),
-            "seeds": (1, 1000),
-            "first_seed": (0, 10**9),
-            "latent_dim": (3, 4096),
-            "neighbours": (1, 10**4),
-        }
+        limits = {"n": (100, 70_000), "steps": (1, 1000), "seeds": (1, 1000), "first_seed": (0, 10**9)}
+        limits |= {"latent_dim": (3, 4096), "neighbours": (1, 10**4)}
         for key, (low, high) in limits.items():
             if not low <= getattr(self, key) <= high:
                 raise InputError(f"--{key}={getattr(self, key)} must be between {low} and {high}")
