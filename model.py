@@ -116,7 +116,7 @@ class CausalSelfAttention(nn.Module):
         self.diffusing_heads = heads[layer if len(heads) > 1 else 0] if config.diffusion else 0
 
     def attend(self, q, keys, values, mask, causal: bool):
-        """A v: queries (B, H, T, d), keys and values (B, H, S, d) -> (B, H, T, d). `mask` is None or boolean (T, S), True where to look."""
+        """A v: queries (B, H, T, d), keys and values (B, H, S, d) -> (B, H, T, d). `mask` (T, S) is SDPA's: None, boolean or additive."""
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=causal)
 
     def per_head(self, q, v, keys, values, mask, causal: bool):

@@ -57,7 +57,7 @@ def student_t_matrix(q, k, mask=None, causal: bool = False):
         if causal:
             mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if mask is not None:
-            weights = weights.masked_fill(~mask, 0)
+            weights = weights.masked_fill(~mask if mask.dtype == torch.bool else mask < 0, 0)
         return weights / weights.sum(dim=-1, keepdim=True)
 
 
