@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from scipy import stats
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -48,3 +50,14 @@ def test_the_table_of_pictures_as_tokens_is_the_committed_report():
         counts = [f"{sum(row[key] > 0 for row in steps)} of {len(steps)}" for key in ("gain_data", "gain")]
         ends = [f"{sum(run[end]['dirichlet'] for run in runs) / len(runs):.3f}" for end in (0, -1)]
         assert f"| {labels[kind]} | {' | '.join(counts)} | {' → '.join(ends)} |" in README
+
+
+def test_the_numbers_of_the_initial_weights_are_the_committed_report():
+    report = json.loads((ROOT / "results" / "weight_init_quick" / "report.json").read_text())
+    best = {name: [cell["best_val_loss"] for cell in arm["cells"]] for name, arm in report["arms"].items()}
+    for name in ("quick", "quick_laplacian"):
+        plain, unrolled = best[name], best[f"{name}_weight_init=unrolled"]
+        difference = stats.ttest_1samp([b - a for a, b in zip(plain, unrolled, strict=True)], 0).confidence_interval(0.95)
+        assert f"{sum(unrolled) / 3:.4f} against {sum(plain) / 3:.4f}" in README
+        for value in ((sum(unrolled) - sum(plain)) / 3, *difference):
+            assert f"{value:.3f}".replace("-", "−") in README
