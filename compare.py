@@ -122,7 +122,7 @@ ENDPOINTS = {
     "top5": ("last top-5 accuracy", "top5", "", 1),
 }
 # keys that cannot change a run's losses, so a cell may be used again when they differ; data and device are told by checksum and name
-HARMLESS = {"out_dir", "overwrite", "seed", "dataset", "log_interval", "always_save_checkpoint", "device", "eval_only"}
+HARMLESS = {"out_dir", "overwrite", "seed", "dataset", "log_interval", "always_save_checkpoint", "device", "eval_only", "probe_interval"}
 HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
 
 
@@ -132,7 +132,7 @@ HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
 
 def code_sha256() -> str:
     """One checksum of the files that decide a run's numbers."""
-    names = ("model.py", "dataset.py", "train.py", "optimizer.py", "parallel.py", "onednn.py", "place.py")
+    names = ("model.py", "dataset.py", "train.py", "optimizer.py", "parallel.py", "onednn.py", "place.py", "variants.py")
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest()
 
 

@@ -37,6 +37,9 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line: what, which value, what to do. Ends in exit status 2."""
 
 
+VARIANTS = {"weight_init": ("gpt2", "unrolled"), "head_combine": ("concat", "product"), "attention_kernel": ("softmax", "rbf", "student_t")}
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The keys of a training run. Names and defaults are nanoGPT's where it has the key. The trailing comments are what --help prints.
 
@@ -51,6 +54,7 @@ class TrainConfig:
     eval_interval: int = 2000  # steps between evaluations (and checkpoints)
     eval_tokens: int = 0  # validation tokens read per evaluation, evenly spaced; 0: the whole validation set
     log_interval: int = 1  # steps between two lines of the log
+    probe_interval: int = 0  # steps between two rows of OUT_DIR/probe.jsonl: attention against the theory (probe.py); 0: never
     eval_only: bool = False  # evaluate once and stop
     always_save_checkpoint: bool = True  # write last/ at every evaluation; False: only at the end and when interrupted
     init_from: str = "scratch"  # scratch, resume, OUT_DIR/best, nanoGPT's PATH/ckpt.pt, gpt2[-medium, -large, -xl], or a transformers folder
@@ -78,6 +82,10 @@ class TrainConfig:
     diffusion_alpha: float = 1.0  # weight of the identity
     diffusion_lambda: float = 1.0  # scale of the whole
     diffusion_heads: tuple[int, ...] = ()  # trailing heads that diffuse: empty all, 2 in each layer, 0,0,2,4 by layer
+    # what else the theory suggests (variants.py)
+    weight_init: str = "gpt2"  # gpt2, or unrolled: the theory's identity weights on top of GPT-2's noise
+    head_combine: str = "concat"  # concat, or product: heads weighted by their precisions, a product of Gaussian experts
+    attention_kernel: str = "softmax"  # softmax, rbf (exp of -1/2 squared distance), or student_t (stores the T x T matrix: slow, much memory)
     # AdamW
     learning_rate: float = 6e-4  # after the warm-up
     max_iters: int = 600000  # optimizer steps
@@ -108,7 +116,7 @@ class TrainConfig:
         counts = ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size", "block_size", "patch_size")
         for key in (*counts, "n_layer", "n_head", "n_embd"):
             need(getattr(self, key) >= 1, f"--{key}={getattr(self, key)} must be at least 1")
-        for key in ("eval_tokens", "vocab_size", "max_iters", "warmup_iters", "seed", "weight_decay", "grad_clip", "crop_pad"):
+        for key in ("eval_tokens", "vocab_size", "max_iters", "warmup_iters", "seed", "weight_decay", "grad_clip", "crop_pad", "probe_interval"):
             need(getattr(self, key) >= 0, f"--{key}={getattr(self, key)} must not be negative")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -138,6 +146,10 @@ class TrainConfig:
             )
             if self.min_lr is not None:
                 need(0 <= self.min_lr <= self.learning_rate, f"--min_lr={self.min_lr} must lie between 0 and --learning_rate={self.learning_rate}")
+        for key, known in VARIANTS.items():
+            need(getattr(self, key) in known, f"--{key}={getattr(self, key)} must be {' or '.join(known)}")
+        given = self.init_from not in ("scratch", "resume")
+        need(not given or self.weight_init == "gpt2", f"--weight_init={self.weight_init} has no effect: the weights are those of {self.init_from}")
         need(self.dtype in ("auto", "float32", "bfloat16", "float16"), f"--dtype={self.dtype} must be auto, float32, bfloat16 or float16")
         need(
             re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,

@@ -218,6 +218,9 @@ def export(config: ExportConfig) -> Path:
     if meta["kind"] == "pictures":
         raise InputError(f"--out_dir={out_dir} holds a model of pictures: transformers' GPT-2 is for text")
     ours, tokenizer = config_of(meta), meta["tokenizer"]
+    for key in ("head_combine", "attention_kernel"):
+        if getattr(ours, key) != getattr(GPTConfig, key):
+            raise InputError(f"--out_dir={out_dir} was trained with {key}={getattr(ours, key)}, which the exported model cannot express")
     weights, _ = read_weights(directory)
     files, about_tokenizer = tokenizer_files(tokenizer, ours.block_size)
     known = len(tokenizer["characters"]) if tokenizer["type"] == "char" else GPT2_VOCABULARY

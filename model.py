@@ -35,6 +35,9 @@ class GPTConfig:
     diffusion_alpha: float = 1.0
     diffusion_lambda: float = 1.0
     diffusion_heads: tuple[int, ...] = ()  # trailing heads that diffuse: () all, (h,) in every layer, or one number per layer
+    weight_init: str = "gpt2"  # this and the next two: see variants.py, which is imported for other values alone
+    head_combine: str = "concat"
+    attention_kernel: str = "softmax"
     causal = True  # no annotation, hence no field: a GPT attends to the past
 
 
@@ -112,12 +115,19 @@ class CausalSelfAttention(nn.Module):
         heads = config.diffusion_heads or (config.n_head,)
         self.diffusing_heads = heads[layer if len(heads) > 1 else 0] if config.diffusion else 0
 
+    def attend(self, q, keys, values, mask, causal: bool):
+        """A v: queries (B, H, T, d), keys and values (B, H, S, d) -> (B, H, T, d). `mask` (T, S) is SDPA's: None, boolean or additive."""
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=causal)
+
+    def per_head(self, q, v, keys, values, mask, causal: bool):
+        """What each head hands to c_proj, (B, H, T, d); v are the values of the queries' own tokens."""
+        return diffuse(self.attend(q, keys, values, mask, causal), v, self.alpha, self.lam, self.diffusing_heads)
+
     def forward(self, x, cache: KVCache | None = None):
         B, T, C = x.size()
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, d)
         keys, values, mask, causal = (k, v, None, self.causal) if cache is None else cache.extend(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=causal)
-        y = diffuse(y, v, self.alpha, self.lam, self.diffusing_heads)
+        y = self.per_head(q, v, keys, values, mask, causal)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -158,7 +168,10 @@ class Block(nn.Module):
     def __init__(self, config, layer: int):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, config.bias)
-        self.attn = CausalSelfAttention(config, layer)
+        attention = CausalSelfAttention
+        if config.head_combine != "concat" or config.attention_kernel != "softmax":
+            from variants import VariantAttention as attention
+        self.attn = attention(config, layer)
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
@@ -213,6 +226,10 @@ class Network(nn.Module):
                 key = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1, np.uint64)[0]
                 generator = torch.Generator().manual_seed(int(key >> 1))
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+        if self.config.weight_init != "gpt2":
+            from variants import add_theory
+
+            add_theory(self)
 
     def body(self, x, cache: KVCache | None = None):
         """Blocks and the last LayerNorm: (B, T, C) -> (B, T, C)."""
@@ -289,6 +306,9 @@ class ViTConfig:
     diffusion_alpha: float = 1.0
     diffusion_lambda: float = 1.0
     diffusion_heads: tuple[int, ...] = ()
+    weight_init: str = "gpt2"
+    head_combine: str = "concat"
+    attention_kernel: str = "softmax"
     causal = False  # no annotation, hence no field: every patch attends to every patch
 
     @property

@@ -106,6 +106,8 @@ def make_model(config: TrainConfig, data: Tokens | Pictures) -> GPT | ViT:
 
 def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = None) -> Program:
     """Data (unless given), model, optimizer, and the step compiled as far as the machine allows. Raises InputError for unusable data or keys."""
+    if config.probe_interval and config.parallel == "fsdp" and place.world > 1:
+        raise InputError(f"--probe_interval={config.probe_interval} needs whole models: use --parallel=ddp, or evaluate.py --probe afterwards")
     config, weights = checkpoint.starting_weights(config)
     data = data or load(config, place.device)
     model = make_model(config, data).to(place.device)
@@ -240,7 +242,8 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
         if (meta["kind"] == "pictures") != isinstance(model, ViT):
             raise InputError(f"{last} was trained on {meta['kind']}, --dataset={config.dataset} is of the other kind")
         for key, ours in dataclasses.asdict(model.config).items():
-            theirs = tuple(meta["model"][key]) if isinstance(ours, tuple) else meta["model"][key]
+            theirs = meta["model"].get(key, getattr(type(model.config), key, None))  # a key younger than the checkpoint had its default then
+            theirs = tuple(theirs) if isinstance(ours, tuple) else theirs
             if ours != theirs:
                 raise InputError(f"{last} was trained with {key}={theirs}, this run has {key}={ours}: resume with the same config")
         if meta["data"] != program.data.checksum:
@@ -291,9 +294,14 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
     if main and not config.eval_only:
         wandb = {"project": config.wandb_project, "name": config.wandb_run_name or str(out_dir), "config": dataclasses.asdict(config)}
         metrics = Metrics(out_dir, step if resumed else None, config.overwrite, wandb if config.wandb_log else None)
+        if config.probe_interval:
+            import probe
+
+            probed = probe.start_record(out_dir, step if resumed else None)
         if resumed:
             checkpoint.settle(out_dir / "last", resumed)
         else:  # a replaced run must not be taken for this one
+            (out_dir / "probe.jsonl").unlink(missing_ok=True)
             checkpoint.remove(out_dir / "last")
             checkpoint.remove(out_dir / "best")
     saved_at = resumed.get("step")  # of OUT_DIR/last
@@ -409,6 +417,11 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                     write("best")
                 if step > 0 and (config.always_save_checkpoint or step == config.max_iters):
                     write("last")
+            if config.probe_interval and metrics and step > probed and (step % config.probe_interval == 0 or step == config.max_iters):
+                losses.tolist()  # waits for the device, so that `since` can leave out the probe's time alone
+                paused = time.perf_counter()
+                probe.record(out_dir, step, model, program.data)
+                since += time.perf_counter() - paused
             if step >= config.max_iters or config.eval_only:
                 break
             if unread == 0:

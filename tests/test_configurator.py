@@ -47,7 +47,7 @@ def test_every_key_survives_the_command_line_and_a_file(tmp_path):
         crop_pad=1, flip=False, n_layer=3, n_head=2, n_embd=10, vocab_size=99, dropout=0.25, bias=True, diffusion=True, diffusion_alpha=0.5,
         diffusion_lambda=1.5, diffusion_heads=(0, 1, 2), learning_rate=0.01, max_iters=50, weight_decay=0.2, beta1=0.8, beta2=0.9, grad_clip=2.0,
         decay_lr=False, warmup_iters=4, lr_decay_iters=40, min_lr=0.001, seed=5, device="cpu", dtype="bfloat16", compile=True, cuda_graph=False,
-        parallel="fsdp",
+        probe_interval=6, parallel="fsdp", weight_init="unrolled", head_combine="product", attention_kernel="rbf",
     )  # fmt: skip
     expected = TrainConfig(**values)
     assert not [field.name for field in dataclasses.fields(TrainConfig) if getattr(expected, field.name) == field.default]  # no key is left out

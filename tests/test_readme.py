@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from scipy import stats
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -32,3 +34,30 @@ def test_every_file_it_links_or_runs_exists():
     missing = [link for link in links if not (ROOT / link).exists()]
     missing += [name for name in re.findall(r"(?:config|data)/[\w/]+\.py", README) if not (ROOT / name).is_file()]
     assert missing == []
+
+
+def test_the_table_of_pictures_as_tokens_is_the_committed_report():
+    report = json.loads((ROOT / "results" / "unroll_mnist" / "report.json").read_text())
+    assert (report["n"], report["config"]["seeds"], report["config"]["steps"]) == (2000, 5, 8)
+    labels = {"before": "before: a random linear map", "A, after": "A, 8 steps", "A − I, after": "A − I, 8 steps"}
+    for name, entry in report["summary"].items():
+        cells = [entry[key] for key in ("knn_2", "knn", "silhouette", "within_between")]
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(cell["mean"], *cell["interval"]).replace("-", "−") for cell in cells]
+        assert f"| {labels.get(name, f'{name} of the pictures')} | {' | '.join(cells)} |" in README
+    labels = {"A": "A", "A-I": "A − I", "-(A-I)": "−(A − I)", "gradient": "plain gradient of F"}
+    for kind, runs in report["climb"].items():
+        steps = [row for run in runs for row in run if "gain" in row]
+        counts = [f"{sum(row[key] > 0 for row in steps)} of {len(steps)}" for key in ("gain_data", "gain")]
+        ends = [f"{sum(run[end]['dirichlet'] for run in runs) / len(runs):.3f}" for end in (0, -1)]
+        assert f"| {labels[kind]} | {' | '.join(counts)} | {' → '.join(ends)} |" in README
+
+
+def test_the_numbers_of_the_initial_weights_are_the_committed_report():
+    report = json.loads((ROOT / "results" / "weight_init_quick" / "report.json").read_text())
+    best = {name: [cell["best_val_loss"] for cell in arm["cells"]] for name, arm in report["arms"].items()}
+    for name in ("quick", "quick_laplacian"):
+        plain, unrolled = best[name], best[f"{name}_weight_init=unrolled"]
+        difference = stats.ttest_1samp([b - a for a, b in zip(plain, unrolled, strict=True)], 0).confidence_interval(0.95)
+        assert f"{sum(unrolled) / 3:.4f} against {sum(plain) / 3:.4f}" in README
+        for value in ((sum(unrolled) - sum(plain)) / 3, *difference):
+            assert f"{value:.3f}".replace("-", "−") in README
