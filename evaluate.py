@@ -35,7 +35,7 @@ class EvaluateConfig:
     seed: int = 1  # of the perturbations
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "float32"  # float32, or autocast to bfloat16 or float16
-    out: str = ""  # directory for report.json and figures; empty: OUT_DIR/evaluate-WHICH
+    out: str = ""  # directory for report.json and figures; empty: evaluate-WHICH in the run's directory
 
     def check(self) -> "EvaluateConfig":
         """Raises InputError for a value out of range; returns self."""
@@ -547,7 +547,10 @@ def table(results: dict[str, dict]) -> str:
 
 def main(config: EvaluateConfig):
     """Examines one checkpoint, prints the table and writes report.json. Raises InputError."""
-    out = Path(config.out or Path(config.out_dir) / f"evaluate-{config.which}")
+    run, which = Path(config.out_dir), config.which
+    if (run / "checkpoint.json").is_file():  # a checkpoint itself, whose directory the next one may replace
+        run, which = run.resolve().parent, run.resolve().name
+    out = Path(config.out or run / f"evaluate-{which}")
     subject, meta = load_subject(config)
     try:  # before the work, not after it
         out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ log |det(de_i/du_i)| into the density of u, position by position: its *margin*, 
     square     (log |det|)^2           as steep at the boundary, and a determinant far above 1 is penalised too
 
 The margins are those of a small strict causal attention on the model's embeddings (EmbeddingPrior), or those of the model's own heads
-(own_margins), at positions drawn at random in training. Everything here is float32 at least, outside autocast.
+(own_margins), at positions drawn at random in training. Everything here is float32 at least, outside autocast; larger products may be TF32 on CUDA,
+as torch is told to (place.py), determinants never are.
 """
 
 import math

@@ -268,7 +268,7 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
             raise InputError(f"{last} was trained on other data: the checksums of --dataset={config.dataset} differ")
         if meta["config"]["seed"] != seed:
             raise InputError(f"{last} was trained with --seed={meta['config']['seed']}: with --seed={seed} it would be another run")
-        now = dataclasses.asdict(config)
+        now = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}  # as in the JSON
         changed = [f"{key} {old} -> {now[key]}" for key, old in meta["config"].items() if key in CONTINUED and now[key] != old]
         if changed and program.place.rank == 0:
             say(f"note: resuming with other values of {', '.join(changed)}: from here on not what an undisturbed run would be")
@@ -420,6 +420,7 @@ def run(config: TrainConfig, place: Place) -> int:
     if place.rank == 0:
         plain = (config.diffusion_alpha, config.diffusion_lambda) == (1, 1)
         arm = "A" if not config.diffusion else "A - I" if plain else f"{config.diffusion_lambda:g} (A - {config.diffusion_alpha:g} I)"
+        arm += f", barrier {config.prior_lambda:g} x {config.prior_form} ({config.prior_where})" if config.prior_lambda else ""
         say(f"{program.model.num_params() / 1e6:.2f} M parameters, arm {arm}; {place.name()} x {place.world}, {place.dtype}, {program.mode}")
         warn_if_long(program.model.flops_per_token() * config.max_iters * program.tokens, place)
     try:

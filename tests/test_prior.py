@@ -434,11 +434,16 @@ def test_the_log_tells_cross_entropy_and_barrier_apart(tokens_dir, tmp_path, cha
     assert program.evaluate()["val_loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6), "validation is the plain cross-entropy"
 
 
-CONTINUED = [{"prior_energy": 1.0, "prior_tied": True}, {"prior_anneal": True}, {"prior_where": "attention"}, {"embed_noise": 0.3}]
+CONTINUED = [
+    {"prior_energy": 1.0, "prior_tied": True},
+    {"prior_anneal": True},
+    {"prior_where": "attention", "prior_layers": (1,)},
+    {"embed_noise": 0.3},
+]
 
 
 @pytest.mark.parametrize("changes", CONTINUED, ids=str)
-def test_a_resumed_run_is_the_undisturbed_one(tokens_dir, tmp_path, changes):
+def test_a_resumed_run_is_the_undisturbed_one(tokens_dir, tmp_path, changes, capsys):
     keys = changes | ({} if "embed_noise" in changes else {"prior_lambda": 0.1})
     run(tiny(tokens_dir, tmp_path / "whole", eval_interval=6, **keys))
     program = build(tiny(tokens_dir, tmp_path / "cut", eval_interval=6, **keys))
@@ -454,6 +459,7 @@ def test_a_resumed_run_is_the_undisturbed_one(tokens_dir, tmp_path, changes):
     run(tiny(tokens_dir, tmp_path / "cut", eval_interval=6, init_from="resume", **keys))
     whole, cut = (weights_of(tmp_path / name / "last") for name in ("whole", "cut"))
     assert same(whole, cut)
+    assert "other values" not in capsys.readouterr().out
     assert any(name.startswith("prior/") for name in whole) == (changes in CONTINUED[:2])
 
 
