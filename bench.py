@@ -21,7 +21,14 @@ from dataclasses import dataclass
 from configurator import InputError, TrainConfig, configure, one_line_errors
 from configurator import build as build_config
 
-ARMS = {"A": [], "A-I": [("diffusion", "True")], "plain": []}  # an arm's name -> its options; plain is A in nanoGPT's way, see `plain`
+BARRIER = ("prior_lambda", "0.05")
+ARMS = {  # an arm's name -> its options
+    "A": [],
+    "A-I": [("diffusion", "True")],
+    "A+prior": [BARRIER],  # the log-barrier on the embeddings, and on the model's own heads
+    "A+own": [BARRIER, ("prior_where", "attention")],
+    "plain": [],  # A in nanoGPT's way, see `plain`
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class BenchConfig:
 
     what: str = "train"  # train, eval, sample, startup, loader (drawn batches against a fixed one), ddp (all processes of torchrun against one)
     model: str = "quick"  # a recipe: config/MODEL.py
-    arms: str = "A,A-I"  # comma-separated, of A, A-I and plain (a loop without what this one does for speed); the others are compared with the first
+    arms: str = "A,A-I"  # comma-separated, of A, A-I, A+prior, A+own and plain (nanoGPT's habits); the others are compared with the first
     batch_size: int = 0  # sequences per step in one batch, of each process; 0: the recipe's batch and accumulation
     dataset: str = ""  # empty: the recipe's, or random data of its kind where that is not prepared
     rounds: int = 10  # turns of each arm that are counted

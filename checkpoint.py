@@ -5,8 +5,9 @@ A checkpoint is a directory
     checkpoint.json                step, losses, configuration, tokenizer, checksum of the data, and name and sha256 of the files below
     model-STEP-HASH.safetensors    parameters, float32, by nanoGPT's names; the tied output layer is stored once
     optimizer-STEP-HASH.safetensors   AdamW's moments and step counts (only where training can continue)
+    prior-STEP-HASH.safetensors    parameters of the latent-variable prior, which only training needs (likewise)
 
-The two tensor files get new names each time, and replacing checkpoint.json is the one moment at which the new checkpoint takes the place of the
+The tensor files get new names each time, and replacing checkpoint.json is the one moment at which the new checkpoint takes the place of the
 old one: whenever the process dies, checkpoint.json names complete files.
 
 Where training can continue, the checkpoint before is kept as well: its checkpoint.json becomes previous.json, and its files stay until the next
@@ -40,9 +41,10 @@ PREVIOUS = "previous.json"
 # Writing
 
 
-def optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state as flat tensors named PARAMETER/exp_avg, PARAMETER/exp_avg_sq and PARAMETER/step."""
-    return {f"{name}/{key}": value for name, parameter in model.named_parameters() for key, value in optimizer.state[parameter].items()}
+def optimizer_tensors(model, optimizer, prior=None) -> dict[str, torch.Tensor]:
+    """AdamW's state as flat tensors named PARAMETER/exp_avg, PARAMETER/exp_avg_sq and PARAMETER/step; the prior's parameters are prior.NAME."""
+    named = [*model.named_parameters(), *(prior.named_parameters(prefix="prior") if prior is not None else ())]
+    return {f"{name}/{key}": value for name, parameter in named for key, value in optimizer.state[parameter].items()}
 
 
 def _write_tensors(directory: Path, kind: str, step: int, tensors: dict) -> dict:
@@ -73,8 +75,8 @@ def remove(directory: Path):
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def save(directory: Path, model, optimizer, step: int, main: bool = True, **entries):
-    """Writes a checkpoint of `model` (and of `optimizer` unless None) that replaces the one in `directory`, if any.
+def save(directory: Path, model, optimizer, step: int, main: bool = True, prior=None, **entries):
+    """Writes a checkpoint of `model` (and of `optimizer` and `prior` unless None) that replaces the one in `directory`, if any.
 
     All processes of a run must call it, since sharded tensors are gathered here; the one with `main` writes.
     `entries` must be JSON values; train.py passes config, data, tokenizer, val_loss, best_val_loss and best_step. Raises InputError when the
@@ -83,7 +85,9 @@ def save(directory: Path, model, optimizer, step: int, main: bool = True, **entr
     directory = Path(directory)
     tensors = {"model": {name: whole(tensor.detach()) for name, tensor in model.named_parameters()}}
     if optimizer is not None:
-        tensors["optimizer"] = {name: whole(tensor) for name, tensor in optimizer_tensors(model, optimizer).items()}
+        tensors["optimizer"] = {name: whole(tensor) for name, tensor in optimizer_tensors(model, optimizer, prior).items()}
+    if prior is not None:
+        tensors["prior"] = {name: tensor.detach() for name, tensor in prior.named_parameters()}
     if not main:
         return
     try:
@@ -223,12 +227,18 @@ def copy_weights(model, tensors: dict, origin):
         assign(parameter, tensors[name])
 
 
-def load_into(directory: Path, meta: dict, model, optimizer=None):
-    """Copies a checkpoint's weights, and the optimizer's state unless None, into existing tensors. Raises InputError."""
+def load_into(directory: Path, meta: dict, model, optimizer=None, prior=None):
+    """Copies a checkpoint's weights, and the optimizer's state and the prior unless None, into existing tensors. Raises InputError."""
     copy_weights(model, _read_tensors(directory, meta, "model"), directory)
     if optimizer is None:
         return
-    stored, state = _read_tensors(directory, meta, "optimizer"), optimizer_tensors(model, optimizer)
+    if (prior is not None) != ("prior" in meta["files"]):
+        raise InputError(
+            f"{directory} was trained {'without' if prior is not None else 'with'} a prior on the embeddings: resume with the same config"
+        )
+    if prior is not None:
+        copy_weights(prior, _read_tensors(directory, meta, "prior"), directory)
+    stored, state = _read_tensors(directory, meta, "optimizer"), optimizer_tensors(model, optimizer, prior)
     if stored.keys() != state.keys():
         raise InputError(f"{directory}: the optimizer's state is of another model: {sorted(stored.keys() ^ state.keys())[0]}")
     for name, tensor in state.items():

@@ -13,6 +13,9 @@ the cells over its processes. Cells made with other keys, data, code or device a
 The rules: the endpoint is named before the runs (--endpoint); every cell is reported; a run that diverges is counted as such and never averaged;
 the interval is the paired t interval (bootstrap intervals are too narrow for ten seeds or fewer); the p value is the exact sign-flip test's, which
 cannot go below 0.05 with fewer than six seeds.
+
+With --evaluate=perturb every cell's best weights meet the perturbations of evaluate.py, the same ones in every cell. The robustness gain of an arm
+is 1 - delta(arm) / delta(baseline), delta = perturbed - clean loss, computed for each seed; its interval is the t interval of these gains.
 """
 
 import dataclasses
@@ -35,6 +38,7 @@ class CompareConfig:
     endpoint: str = "best"  # what the verdict is about: best or last validation loss of a run; top1 or top5 of the last evaluation of pictures
     out_dir: str = ""  # cells, report and figures; empty: out-compare- and the arms' names
     save_checkpoints: bool = False  # keep last/ and best/ of every cell
+    evaluate: str = ""  # perturb, margins or both: examine the best weights of every cell with evaluate.py, on the arm's eval_tokens
 
     def check(self) -> "CompareConfig":
         """Raises InputError for a value out of range; returns self."""
@@ -44,7 +48,14 @@ class CompareConfig:
             raise InputError(f"--first_seed={self.first_seed} must not be negative")
         if self.endpoint not in ("best", "last", "top1", "top5"):
             raise InputError(f"--endpoint={self.endpoint} must be best or last, or for pictures top1 or top5")
+        if not set(self.evaluators) <= {"perturb", "margins"} or len(set(self.evaluators)) < len(self.evaluators):
+            raise InputError(f"--evaluate={self.evaluate} must be perturb, margins, or perturb,margins")
         return self
+
+    @property
+    def evaluators(self) -> list[str]:
+        """The words of --evaluate."""
+        return self.evaluate.split(",") if self.evaluate else []
 
 
 def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
@@ -90,7 +101,6 @@ if __name__ == "__main__":  # before torch is imported
 
 import gc
 import hashlib
-import io
 import json
 import os
 import platform
@@ -107,7 +117,10 @@ import torch.distributed as dist
 from scipy import stats
 from tabulate import tabulate
 
+import checkpoint
+import evaluate
 from dataset import ROOT, incomplete, prepare_if_missing, read_meta, write_file
+from evaluate import save_figure
 from place import find_place, say
 from train import Diverged, Interrupted, build, train
 
@@ -124,6 +137,7 @@ ENDPOINTS = {
 # keys that cannot change a run's losses, so a cell may be used again when they differ; data and device are told by checksum and name
 HARMLESS = {"out_dir", "overwrite", "seed", "dataset", "log_interval", "always_save_checkpoint", "device", "eval_only", "probe_interval"}
 HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
+FRONTIER = ("noise 1 RMS", "attack 0.1, 10 steps")  # the perturbations of frontier.png
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -132,13 +146,15 @@ HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
 
 def code_sha256() -> str:
     """One checksum of the files that decide a run's numbers."""
-    names = ("model.py", "dataset.py", "train.py", "optimizer.py", "parallel.py", "onednn.py", "place.py", "variants.py")
+    names = ("model.py", "variants.py", "prior.py", "fused.py", "dataset.py", "train.py", "optimizer.py", "parallel.py", "onednn.py", "place.py")
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest()
 
 
-def fingerprint(config: TrainConfig, data: dict, device: str) -> dict:
-    """What decides a cell's numbers besides its seed: keys, data, code, torch and device."""
+def fingerprint(config: TrainConfig, data: dict, device: str, evaluators: list[str]) -> dict:
+    """What decides a cell's numbers besides its seed: keys, data, code, torch and device, and what it was examined with."""
     keys = {key: value for key, value in dataclasses.asdict(config).items() if key not in HARMLESS}
+    if evaluators:
+        keys |= {"evaluate": sorted(evaluators), "evaluate_code": hashlib.sha256((ROOT / "evaluate.py").read_bytes()).hexdigest()}
     everything = keys | data | {"code": code_sha256(), "torch": torch.__version__, "device": device}
     return json.loads(json.dumps(everything))  # as it will be read back: tuples are lists
 
@@ -180,7 +196,8 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
             raise InputError(f"arm {name!r} reads other data than {cells[0][0]!r}: their losses cannot be compared")
         if comparison.endpoint in ("top1", "top5") and read_meta(arms[name].dataset)[1]["kind"] != "pictures":
             raise InputError(f"--endpoint={comparison.endpoint} is for pictures: use best or last for --dataset={arms[name].dataset}")
-    expected = {name: fingerprint(config, data[name], place[name].name().partition(",")[0]) for name, config in arms.items()}
+    words = {name: place[name].name().partition(",")[0] for name in arms}
+    expected = {name: fingerprint(config, data[name], words[name], comparison.evaluators) for name, config in arms.items()}
     missing = [cell for cell in cells if read_cell(path[cell], expected[cell[0]]) is None]  # all are checked before any is run
     for cell in cells:
         if comparison.save_checkpoints and cell not in missing and not (path[cell].parent / "last").is_dir():
@@ -196,11 +213,16 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         if not own:
             continue
         began_arm = time.perf_counter()
-        program = build(dataclasses.replace(config, overwrite=True), place[name])
+        kept = comparison.save_checkpoints or not comparison.evaluators  # else last/ is written once, and removed
+        changes = {"overwrite": True, "always_save_checkpoint": config.always_save_checkpoint and kept}
+        program = build(dataclasses.replace(config, **changes), place[name])
         setup = time.perf_counter() - began_arm
         for cell in own:
             try:
-                result = train(program, cell[1], path[cell].parent, save=comparison.save_checkpoints, quiet=True)
+                save = comparison.save_checkpoints or bool(comparison.evaluators)
+                result = train(program, cell[1], path[cell].parent, save=save, quiet=True)
+                if comparison.evaluators:
+                    result["evaluation"] = examine(comparison, program, path[cell].parent)
                 words = f"best {result['best_val_loss']:.4f} at step {result['best_step']}, last {result['val_loss']:.4f}, {result['seconds']:.1f} s"
             except Diverged as error:
                 result, words = {"diverged_at": error.step}, f"DIVERGED: {error}"
@@ -218,6 +240,20 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         dist.barrier()
         dist.destroy_process_group()
     return {name: [read_cell(path[name, seed], expected[name]) for seed in seeds] for name in arms}
+
+
+def examine(comparison: CompareConfig, program, directory: Path) -> dict:
+    """evaluate.py's figures of a cell's best weights (its last ones where no evaluation beat the first); removes the checkpoints nobody asked for."""
+    which = "best" if (directory / "best" / "checkpoint.json").is_file() else "last"
+    model, _, _ = checkpoint.load_model(directory, which)
+    place = program.place._replace(dtype=torch.float32)
+    subject = evaluate.Subject(model.to(place.device), program.data, place, program.config.eval_tokens)
+    wanted = {"clean": evaluate.clean} | {name: evaluate.EVALUATORS[name] for name in comparison.evaluators}
+    results = evaluate.examine(subject, wanted, quiet=True)
+    if not comparison.save_checkpoints:
+        checkpoint.remove(directory / "best")
+        checkpoint.remove(directory / "last")
+    return {"which": which, **results}
 
 
 def data_checksum(dataset: str) -> dict:
@@ -308,8 +344,29 @@ def analyse(comparison: CompareConfig, results: dict[str, list[dict]]) -> tuple[
         if pair["pairs_lost_to_divergence"]:
             counts = ", ".join(f"{arm}: {len(arms[arm]['diverged'])} of {comparison.seeds}" for arm in (names[0], name))
             pair["verdict"] += f" Runs that diverged and are left out of it: {counts}."
+        if comparison.evaluators:
+            pair |= robustness(both)
         pairs[name] = pair
     return arms, pairs
+
+
+def robustness(both: list[tuple[dict, dict]]) -> dict:
+    """Paired cells (baseline, arm) -> clean_percent, the relative change of the clean loss, and gains, 1 - delta(arm) / delta(baseline).
+
+    Both are computed seed by seed and then treated like any paired difference. `mean_deltas` are those of the baseline and the arm, and `of_means`
+    is the gain from them. A perturbation that does not hurt the baseline on every seed has no gain (n = 0).
+    """
+    sections = [[cell["evaluation"] for cell in cells] for cells in zip(*both)]
+    losses = [np.array([section["clean"]["loss"] for section in some]) for some in sections]
+    change = (100 * (losses[1] / losses[0] - 1)).tolist() if both else []
+    result = {"clean_percent": paired_difference([0.0] * len(change), change), "gains": {}}
+    first = sections[0][0].get("perturb", {}) if both else {}
+    for name in (name for name, value in first.items() if isinstance(value, dict)):
+        base, arm = (np.array([section["perturb"][name]["delta"] for section in some]) for some in sections)
+        gains = (1 - arm / base).tolist() if (base > 0).all() else []
+        entry = paired_difference([0.0] * len(gains), gains) | {"mean_deltas": [float(base.mean()), float(arm.mean())]}
+        result["gains"][name] = entry | {"of_means": float(1 - arm.mean() / base.mean()) if base.mean() > 0 else None}
+    return result
 
 
 def tables(comparison: CompareConfig, arms: dict, pairs: dict) -> str:
@@ -340,11 +397,68 @@ def tables(comparison: CompareConfig, arms: dict, pairs: dict) -> str:
             rows.append([f"{name} − {pair['baseline']}", what, entry["n"], mean, interval, p])
     headers = ["difference", "in", "pairs", "mean", "95 % t interval", "sign-flip p"]
     text += "\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    text += robustness_tables(arms, pairs)
     text += "\n\nMean ± standard deviation over seeds; losses in nats per prediction, accuracies as shares.\n\n"
     text += "\n".join(f"**{pair['verdict']}**" for pair in pairs.values())
     if len(pairs) > 1:
         text += f"\n\nThe {len(pairs)} intervals are each at 95 %: they are not corrected for their number."
     return text
+
+
+def robustness_tables(arms: dict, pairs: dict) -> str:
+    """Clean change, gains and margins as Markdown; nothing for a comparison without --evaluate."""
+    pairs = {name: pair for name, pair in pairs.items() if "gains" in pair}
+    if not pairs:
+        return ""
+
+    def cell(entry, unit, digits):
+        if entry["mean"] is None:
+            return "-"
+        interval = " ({:+.{d}f} to {:+.{d}f})".format(*(unit * value for value in entry["interval"]), d=digits) if entry["interval"] else ""
+        return f"{unit * entry['mean']:+.{digits}f} %{interval}"
+
+    rows = [["clean loss", "-", *(cell(pair["clean_percent"], 1, 2) for pair in pairs.values())]]
+    for name in next(iter(pairs.values()))["gains"]:
+        entries = [pair["gains"][name] for pair in pairs.values()]
+        rows.append([f"gain: {name}", f"{entries[0]['mean_deltas'][0]:+.4f}", *(cell(entry, 100, 1) for entry in entries)])
+    text = "\n\n" + tabulate(rows, ["", "baseline's delta", *pairs], tablefmt="github", disable_numparse=True)
+    text += (
+        "\n\nRobustness gain = 1 − delta(arm) / delta(baseline), delta = perturbed − clean loss of the best weights; above 0 the arm is more robust."
+    )
+    text += " Computed for each seed; in brackets the 95 % t interval of these gains."
+    rows = []
+    for name, arm in arms.items():
+        found = [c["evaluation"]["margins"]["margins, sum over layers and heads"] for c in arm["cells"] if "margins" in c.get("evaluation", {})]
+        if found:
+            rows.append([name, *(f"{np.mean([some['quantiles'][q] for some in found]):+.3f}" for q in ("0", "0.05", "0.5", "0.95"))])
+    if rows:
+        text += "\n\n" + tabulate(rows, ["margins, sum over heads", "min", "5 %", "50 %", "95 %"], tablefmt="github", disable_numparse=True)
+    return text
+
+
+def draw_frontier(path: Path, pairs: dict):
+    """frontier.png: robustness gain against the change of the clean loss, one point per arm with both intervals, from the report's pairs."""
+    names = [name for name in FRONTIER if all(name in pair["gains"] for pair in pairs.values())]
+    figure, places = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.5), layout="constrained", squeeze=False)
+    for place, name in zip(places[0], names):
+        for arm, pair in pairs.items():
+            x, y = pair["clean_percent"], pair["gains"][name]
+            if x["mean"] is None or y["mean"] is None:
+                continue
+            spread = [
+                [[scale * (e["mean"] - e["interval"][0])], [scale * (e["interval"][1] - e["mean"])]] if e["interval"] else None
+                for e, scale in ((x, 1), (y, 100))
+            ]
+            place.errorbar([x["mean"]], [100 * y["mean"]], xerr=spread[0], yerr=spread[1], fmt="o", capsize=3, label=arm)
+        place.axhline(0, color="black", linewidth=1, linestyle="--")
+        place.axvline(0, color="black", linewidth=1, linestyle="--")
+        place.axhline(15, color="green", linewidth=0.8, linestyle=":")  # the aim: above this one, left of the next
+        place.axvline(1.7, color="green", linewidth=0.8, linestyle=":")
+        place.set(xlabel="change of the clean loss (%)", ylabel=f"robustness gain, {name} (%)")
+        place.grid(alpha=0.3)
+    if len(pairs) <= 16:
+        places[0][-1].legend(fontsize="x-small")
+    save_figure(path, figure)
 
 
 def provenance(arms: dict[str, TrainConfig], device: str, source: str, data: dict) -> dict:
@@ -421,14 +535,6 @@ def draw_paired(path: Path, comparison: CompareConfig, arms: dict, pairs: dict):
     save_figure(path, figure)
 
 
-def save_figure(path: Path, figure):
-    """PNG, written whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    plt.close(figure)
-    write_file(path, buffer.getvalue())
-
-
 def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     """Runs what is missing and, in the first process, writes report.md, report.json, curves.png and paired.png."""
     began = time.perf_counter()
@@ -443,15 +549,20 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     text = tables(comparison, summaries, pairs)
     draw_curves(out_dir / "curves.png", results)
     draw_paired(out_dir / "paired.png", comparison, summaries, pairs)
+    figures = ["curves.png", "paired.png"]
+    if "perturb" in comparison.evaluators:
+        draw_frontier(out_dir / "frontier.png", pairs)
+        figures.append("frontier.png")
     report = {"endpoint": comparison.endpoint, "arms": summaries, "pairs": pairs, "provenance": origin}
     write_file(out_dir / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     lines = [f"# {' against '.join(arms)}", "", text, "", "![validation loss](curves.png)", "![paired differences](paired.png)", ""]
+    lines += ["![robustness against clean loss](frontier.png)", ""] if "frontier.png" in figures else []
     lines += [f"Data: {origin['data']}. Losses on other data are not comparable.", ""]
     lines += [f"Endpoint: {ENDPOINTS[comparison.endpoint][0]}. Made by `{origin['command']}` on {origin['device']}, torch {torch.__version__},"]
     revision = f"revision {origin['git_revision'] or 'unknown'}{' with local changes' if origin['git_modified'] else ''}"
     lines += [f"{revision}, code sha256 {origin['code_sha256'][:12]}; configurations and every cell: report.json.", ""]
     write_file(out_dir / "report.md", "\n".join(lines).encode())
-    print(f"\n{text}\n\n{out_dir / 'report.md'}, report.json, curves.png, paired.png")
+    print(f"\n{text}\n\n{out_dir / 'report.md'}, report.json, {', '.join(figures)}")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,20 @@ class TrainConfig:
     weight_init: str = "gpt2"  # gpt2, or unrolled: the theory's identity weights on top of GPT-2's noise
     head_combine: str = "concat"  # concat, or product: heads weighted by their precisions, a product of Gaussian experts
     attention_kernel: str = "softmax"  # softmax, rbf (exp of -1/2 squared distance), or student_t (stores the T x T matrix: slow, much memory)
+    # MAP log-barrier: prior_lambda x mean barrier(log |det de_i/du_i|) on top of the cross-entropy
+    prior_lambda: float = 0.0  # its weight; 0: off
+    prior_where: str = "embedding"  # embedding: a small attention of its own on the embeddings; attention: the model's own heads
+    prior_form: str = "softplus"  # logdet (the paper's, unbounded), softplus (acts near the boundary alone) or square (both sides of det = 1)
+    prior_anneal: bool = False  # prior_lambda falls to 0 along half a cosine over max_iters
+    prior_detach: bool = False  # control: the barrier's gradient does not reach the embeddings (attention: nor q, k, v)
+    prior_dim: int = 8  # embedding: channels of the latent variables (p)
+    prior_energy: float = 0.0  # embedding: sigma of the energy |e|^2 / (2 sigma^2 p), which makes it the full prior; 0: margin only
+    prior_tied: bool = False  # embedding: W_q = W_k
+    prior_normalise: bool = False  # embedding: sees embeddings of mean 0 and variance 1
+    prior_positions: int = 8  # attention: (position, head) pairs drawn per sequence and layer
+    prior_layers: tuple[int, ...] = ()  # attention: layers that carry the barrier, counted from 0; empty: all
+    embed_noise: float = 0.0  # control: Gaussian noise on the embeddings in training, in units of their RMS
+    label_smoothing: float = 0.0  # control: share of the target's probability that is spread over all tokens
     # AdamW
     learning_rate: float = 6e-4  # after the warm-up
     max_iters: int = 600000  # optimizer steps
@@ -137,6 +151,7 @@ class TrainConfig:
         keys_of_arm = ("diffusion_alpha", "diffusion_lambda", "diffusion_heads")
         changed = [key for key in keys_of_arm if getattr(self, key) != getattr(TrainConfig, key)]
         need(self.diffusion or not changed, f"--{'/'.join(changed)} has no effect without --diffusion=True")
+        self._check_prior(need)
         if self.decay_lr:
             end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
             need(
@@ -158,6 +173,30 @@ class TrainConfig:
         need(self.parallel in ("ddp", "fsdp"), f"--parallel={self.parallel} must be ddp or fsdp")
         need(self.out_dir != "", "--out_dir is empty: name a directory")
         return self
+
+    def _check_prior(self, need):
+        """The keys of the barrier and its controls, for `check`."""
+        need(self.prior_lambda >= 0, f"--prior_lambda={self.prior_lambda} must be 0 (off) or above")
+        need(self.prior_where in ("embedding", "attention"), f"--prior_where={self.prior_where} must be embedding or attention")
+        need(self.prior_form in ("logdet", "softplus", "square"), f"--prior_form={self.prior_form} must be logdet, softplus or square")
+        need(1 <= self.prior_dim <= 128, f"--prior_dim={self.prior_dim} must be between 1 and 128")
+        need(self.prior_energy >= 0, f"--prior_energy={self.prior_energy} must be 0 (margin only) or above")
+        need(self.prior_positions >= 1, f"--prior_positions={self.prior_positions} must be at least 1")
+        need(self.embed_noise >= 0, f"--embed_noise={self.embed_noise} must be 0 (off) or above")
+        need(0 <= self.label_smoothing < 1, f"--label_smoothing={self.label_smoothing} must be in [0, 1)")
+        layers = self.prior_layers
+        need(
+            all(0 <= layer < self.n_layer for layer in layers) and len(set(layers)) == len(layers),
+            f"--prior_layers={','.join(map(str, layers))} must be different numbers from 0 to n_layer - 1 = {self.n_layer - 1}",
+        )
+        changed = [key for key in field_names(TrainConfig) if key.startswith("prior_") and getattr(self, key) != getattr(TrainConfig, key)]
+        need(self.prior_lambda > 0 or not changed, f"--{'/'.join(changed)} has no effect without --prior_lambda=NUMBER")
+        places = {"embedding": ("prior_dim", "prior_energy", "prior_tied", "prior_normalise"), "attention": ("prior_positions", "prior_layers")}
+        places.pop(self.prior_where, None)
+        idle = [key for keys in places.values() for key in keys if key in changed]
+        need(not idle, f"--{'/'.join(idle)} has no effect with --prior_where={self.prior_where}")
+        ordinary = (self.head_combine, self.attention_kernel) == ("concat", "softmax")
+        need(ordinary or self.prior_where == "embedding", "--prior_where=attention needs --attention_kernel=softmax and --head_combine=concat")
 
 
 def check_diffusion_heads(heads: tuple[int, ...], n_layer: int, n_head: int):

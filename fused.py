@@ -434,13 +434,15 @@ class _Subtract(torch.autograd.Function):
 class Attention(CausalSelfAttention):
     """The model's attention; `branch` is what it adds to the residual stream, before dropout."""
 
-    def branch(self, x):
-        """(B, T, C) -> (B, T, C), the passes above around the framework's fused kernel."""
+    def branch(self, x, taps=None):
+        """(B, T, C) -> (B, T, C), the passes above around the framework's fused kernel. `taps` as in GPT.forward."""
         qkv = self.c_attn(x)
         if self.diffusing_heads:
             q, k, v, w = _SplitForDiffusion.apply(qkv, self.n_head, self.alpha * self.lam, self.diffusing_heads)
         else:
             q, k, v = _Split.apply(qkv, self.n_head)
+        if taps is not None:
+            taps.append((q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal)
         if self.diffusing_heads:
             y = _Subtract.apply(y, w, self.alpha, self.lam, self.diffusing_heads)
@@ -454,7 +456,7 @@ class Attention(CausalSelfAttention):
 class Block(model.Block):
     """A block that leaves its last addition to the next one, where it is one pass with the LayerNorm that follows."""
 
-    def forward(self, x, branch=None, kept=(None, None), scale=1.0):
+    def forward(self, x, branch=None, kept=(None, None), scale=1.0, taps=None):
         """x + branch is the stream that enters; returns such a pair. `kept`: dropout's masks for that branch and for the attention's. With a
         KVCache in place of `branch`, the model's own forward."""
         if isinstance(branch, model.KVCache):
@@ -464,9 +466,9 @@ class Block(model.Block):
         else:
             x, y = _AddNorm.apply(x, branch, kept[0], scale, self.ln_1.weight, self.ln_1.bias, False)
         if isinstance(self.attn, Attention):
-            branch = self.attn.branch(y)
+            branch = self.attn.branch(y, taps)
         else:  # a variant does its own dropout
-            branch, kept = self.attn(y), (None, None)
+            branch, kept = self.attn(y, None, taps), (None, None)
         x, y = _AddNorm.apply(x, branch, kept[1], scale, self.ln_2.weight, self.ln_2.bias, False)
         return x, self.mlp.c_proj(self.mlp.gelu(self.mlp.c_fc(y)))
 
@@ -474,14 +476,14 @@ class Block(model.Block):
 class _Body:
     """Network.body by those blocks."""
 
-    def body(self, x, cache=None):
+    def body(self, x, cache=None, taps=None):
         if cache is not None:
-            return super().body(x, cache)
+            return super().body(x, cache, taps)
         blocks, p, ln = self.transformer.h, self.config.dropout if self.training else 0.0, self.transformer.ln_f
         kept = keep(x.detach(), p, 2 * len(blocks)) if p else [None] * (2 * len(blocks))
         branch = None
         for i, block in enumerate(blocks):
-            x, branch = block(x, branch, (kept[2 * i - 1], kept[2 * i]), 1 / (1 - p))
+            x, branch = block(x, branch, (kept[2 * i - 1], kept[2 * i]), 1 / (1 - p), taps)
         return _AddNorm.apply(x, branch, kept[-1], 1 / (1 - p), ln.weight, ln.bias, True)[1]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from configurator import InputError
 
 KEYS = ("step", "train_loss", "val_loss", "top1", "top5", "ms", "tokens_per_s", "lr", "grad_norm", "mfu")
+BARRIER = ("barrier", "margin_min", "margin_mean", "margin_p05", "negative_share")  # in the rows of runs with a log-barrier
 
 
 class Metrics:
@@ -18,6 +19,8 @@ class Metrics:
 
     train_loss: mean over the steps since the last row (nats); val_loss: mean over the validation set;
     top1, top5: share of validation pictures whose class is the first, or among the first five, of the model; ms: per iteration, without evaluation.
+    barrier: mean penalty of the row's last step, before its weight; margin_*: log |det| of its last micro-batch, minimum, mean and 5th percentile;
+    negative_share: share of its determinants that are negative.
     The open file is locked, so that two trainings cannot share a directory; a dead process holds no lock. (A file system without locks gives none.)
     """
 
@@ -65,7 +68,7 @@ class Metrics:
 
     def record(self, **values):
         """Appends one row; a number that is not finite becomes null. Raises InputError when it cannot; the file then ends with the row before."""
-        row = {key: values.get(key) for key in KEYS}
+        row = {key: values.get(key) for key in KEYS} | {key: values[key] for key in BARRIER if key in values}
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         content, before = (json.dumps(row, allow_nan=False) + "\n").encode(), None
         try:

@@ -123,9 +123,11 @@ class CausalSelfAttention(nn.Module):
         """What each head hands to c_proj, (B, H, T, d); v are the values of the queries' own tokens."""
         return diffuse(self.attend(q, keys, values, mask, causal), v, self.alpha, self.lam, self.diffusing_heads)
 
-    def forward(self, x, cache: KVCache | None = None):
+    def forward(self, x, cache: KVCache | None = None, taps: list | None = None):
         B, T, C = x.size()
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, d)
+        if taps is not None:
+            taps.append((q, k, v))
         keys, values, mask, causal = (k, v, None, self.causal) if cache is None else cache.extend(self.layer, k, v)
         y = self.per_head(q, v, keys, values, mask, causal)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -175,8 +177,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache: KVCache | None = None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache: KVCache | None = None, taps: list | None = None):
+        x = x + self.attn(self.ln_1(x), cache, taps)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -231,10 +233,10 @@ class Network(nn.Module):
 
             add_theory(self)
 
-    def body(self, x, cache: KVCache | None = None):
+    def body(self, x, cache: KVCache | None = None, taps: list | None = None):
         """Blocks and the last LayerNorm: (B, T, C) -> (B, T, C)."""
         for block in self.transformer.h:
-            x = block(x, cache)
+            x = block(x, cache, taps)
         return self.transformer.ln_f(x)
 
     def num_params(self, non_embedding: bool = True) -> int:
@@ -261,19 +263,24 @@ class GPT(Network):
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights(seed)
 
-    def forward(self, idx, targets=None, cache: KVCache | None = None):
+    def embed(self, idx, cache: KVCache | None = None):
+        """Token plus position embeddings of (B, T) ids, after those in the cache: (B, T, C)."""
+        wpe, T = self.transformer.wpe, idx.size(1)
+        return self.transformer.wte(idx) + (wpe.weight[:T] if cache is None else wpe(cache.positions(T)))
+
+    def forward(self, idx, targets=None, cache: KVCache | None = None, embeddings=None, taps: list | None = None):
         """idx, targets: (B, T) int64; a target of -1 is ignored. Returns logits and the mean cross-entropy in nats.
 
         Without targets the logits are those of the last position, (B, 1, vocab_size), and the loss is None. With a cache, idx continues the
-        tokens in it. Raises ValueError when the context is longer than block_size.
+        tokens in it. `embeddings` (B, T, C) take the place of embed(idx). Each layer's q, k and v, (B, H, T, d), are appended to `taps`.
+        Raises ValueError when the context is longer than block_size.
         """
         past = 0 if cache is None else cache.length
         T = idx.size(1)
         if past + T > self.config.block_size:
             raise ValueError(f"context of {past + T} tokens is longer than block_size {self.config.block_size}")
-        wpe = self.transformer.wpe
-        x = self.transformer.drop(self.transformer.wte(idx) + (wpe.weight[:T] if cache is None else wpe(cache.positions(T))))  # (B, T, C)
-        x = self.body(x, cache)
+        x = self.transformer.drop(self.embed(idx, cache) if embeddings is None else embeddings)  # (B, T, C)
+        x = self.body(x, cache, taps)
         if cache is not None:
             cache.length += T
         return self.output(x, targets)
@@ -331,10 +338,17 @@ class ViT(Network):
         self.to_empty(device="cpu")
         self.init_weights(seed)
 
-    def forward(self, pictures, labels=None):
-        """pictures: (B, 3, S, S), normalised per channel; labels: (B,) int64, -1 is ignored. Returns (B, n_classes) logits and the loss in nats."""
+    def embed(self, pictures):
+        """Patch plus position embeddings of (B, 3, S, S) pictures: (B, T, C)."""
         B, p, n = pictures.size(0), self.config.patch_size, self.config.image_size // self.config.patch_size
         patches = pictures.view(B, 3, n, p, n, p).permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, 3 * p * p)  # (B, T, 3 p p)
-        x = self.transformer.drop(self.transformer.patch(patches) + self.transformer.wpe.weight)  # (B, T, C)
-        logits = self.lm_head(self.body(x).mean(dim=1))
+        return self.transformer.patch(patches) + self.transformer.wpe.weight
+
+    def forward(self, pictures, labels=None, embeddings=None, taps: list | None = None):
+        """pictures: (B, 3, S, S), normalised per channel; labels: (B,) int64, -1 is ignored. Returns (B, n_classes) logits and the loss in nats.
+
+        `embeddings` and `taps` are as in GPT.forward.
+        """
+        x = self.transformer.drop(self.embed(pictures) if embeddings is None else embeddings)  # (B, T, C)
+        logits = self.lm_head(self.body(x, taps=taps).mean(dim=1))
         return logits, None if labels is None else F.cross_entropy(logits.float(), labels, ignore_index=-1)

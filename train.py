@@ -45,7 +45,8 @@ EVAL_TOKENS = 8192  # tokens of a validation batch at least, however small the t
 GRAPH_TOKENS = 65536  # tokens a step up to which launching kernels takes so long that a CUDA graph pays
 # keys that an exact continuation must not change
 CONTINUED = {"max_iters", "lr_decay_iters", "learning_rate", "min_lr", "decay_lr", "warmup_iters", "batch_size", "gradient_accumulation_steps"}
-CONTINUED |= {"weight_decay", "beta1", "beta2", "grad_clip", "dtype", "flip", "crop_pad"}
+CONTINUED |= {"weight_decay", "beta1", "beta2", "grad_clip", "dtype", "flip", "crop_pad", "embed_noise", "label_smoothing"}
+CONTINUED |= {field.name for field in dataclasses.fields(TrainConfig) if field.name.startswith("prior_")}
 
 
 SMALLEST_SCALE = 2.0**-24  # of float16 losses: below it the smallest float16 number stands for the whole loss, and no step can succeed any more
@@ -77,13 +78,17 @@ class Interrupted(Exception):
 
 
 class Program(NamedTuple):
-    """A config made ready to run. `step(seed, i)` does optimizer step i (from 0) and returns (loss, gradient norm), tensors on the device."""
+    """A config made ready to run. `step(seed, i)` does optimizer step i (from 0) and returns (loss, gradient norm), tensors on the device.
+
+    With a barrier it returns three more: the barrier, the margins, and where their determinants are negative (of the last micro-batch).
+    """
 
     config: TrainConfig
     place: Place
     data: Tokens | Pictures
     model: GPT | ViT
     weights: dict | None  # given by init_from, None for init_weights(seed)
+    prior: torch.nn.Module | None  # the parameters that only training needs, of prior.EmbeddingPrior
     tokens: int  # of the global batch
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -104,6 +109,19 @@ def make_model(config: TrainConfig, data: Tokens | Pictures) -> GPT | ViT:
     return (ViT if kind is ViTConfig else GPT)(kind(**shared, **sizes))
 
 
+def make_objective(config: TrainConfig, model: GPT | ViT, place: Place) -> torch.nn.Module:
+    """The model itself, or prior.Objective around it when a key asks for more than its cross-entropy. Raises InputError."""
+    if not (config.prior_lambda or config.embed_noise or config.label_smoothing):
+        return model
+    if place.world > 1 and config.parallel == "fsdp":
+        raise InputError("--parallel=fsdp shards what prior_lambda, embed_noise and label_smoothing look at: use --parallel=ddp")
+    if config.prior_lambda and config.prior_where == "embedding" and isinstance(model, ViT):
+        raise InputError("--prior_where=embedding is a causal model of text: use --prior_where=attention for pictures")
+    from prior import Objective
+
+    return Objective(model, config).to(place.device)
+
+
 def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = None) -> Program:
     """Data (unless given), model, optimizer, and the step compiled as far as the machine allows. Raises InputError for unusable data or keys."""
     if config.probe_interval and config.parallel == "fsdp" and place.world > 1:
@@ -115,14 +133,16 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
     if place.device.type == "cpu" and not compiled:  # the compiler has its own way to such products
         onednn.accelerate(model)
     cast_weights = None
-    if place.device.type == "cuda" and compiled and place.dtype != torch.float32:
+    if place.device.type == "cuda" and compiled and place.dtype != torch.float32 and not config.label_smoothing:  # which needs the logits
         import fused  # needs Triton, which torch brings along on CUDA alone
 
         fused.accelerate(model, place.dtype, shadows=place.world == 1 or config.parallel != "fsdp")
         cast_weights = fused.cast_weights
     # The global batch has the same rows for any number of processes; this one takes its share, in micro-batches of at most batch_size rows.
     rows = config.batch_size * config.gradient_accumulation_steps
-    network = distribute(model, config.parallel, place, rows, compiled)
+    objective = make_objective(config, model, place)  # the model alone, or one that adds to its loss
+    network, extra = distribute(objective, config.parallel, place, rows, compiled), objective is not model
+    prior = objective.prior if extra else None
     mine = np.array_split(np.arange(rows), place.world)[place.rank]
     micro_batches = np.array_split(mine, math.ceil(len(mine) / config.batch_size))
     drawn = [torch.from_numpy(data.draw(0, 0, len(micro_batch))).to(data.home) for micro_batch in micro_batches]
@@ -132,12 +152,12 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
     if config.cuda_graph and not graphed:
         raise InputError("--cuda_graph=True needs one CUDA device, compile, and bfloat16 or float32")
     graphed = graphed and (tokens <= GRAPH_TOKENS if config.cuda_graph is None else config.cuda_graph)
-    optimizer = make_optimizer(config, model, graphed)
+    optimizer = make_optimizer(config, objective, graphed)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
 
-    def loss_of(x, y):  # a batch -> its mean loss; the logits stay inside, where the compiler can fuse them
+    def loss_of(x, y):  # a batch -> its mean loss (what else an Objective says); the logits stay inside, where the compiler can fuse them
         with place.autocast():
-            return network(x, y)[1]
+            return network(x, y) if extra else network(x, y)[1:]
 
     def scores_of(x, y):  # a batch -> mean loss; for pictures also the numbers of labels that are first and among the first five
         with place.autocast():
@@ -155,17 +175,24 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
         optimizer.zero_grad(set_to_none=True)
         if cast_weights:
             cast_weights(model)
-        total = torch.zeros((), device=place.device)
+        total, penalty, margins = torch.zeros((), device=place.device), 0, []
         for i, examples in enumerate(drawn):
+            share = len(examples) / rows
             with gradient_sync(network, on=i == len(drawn) - 1):
-                loss = loss_of(*data.batch(examples)) * (len(examples) / rows)
+                loss, *seen = loss_of(*data.batch(examples))
+                loss = loss * share
                 scaler.scale(loss * place.world).backward()  # the sum over processes is divided by their number
-            total += loss.detach()
+            total += seen[0] * share if seen else loss.detach()  # the cross-entropy, whatever else is minimised
+            if len(seen) > 1:
+                penalty = penalty + seen[1] * share
+                margins = [penalty, *seen[2:]]
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        if prior is not None:  # apart, so that its gradients cannot shorten the model's steps
+            torch.nn.utils.clip_grad_norm_(prior.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        return total, whole(norm)
+        return total, whole(norm), *margins
 
     run = update
     if compiled:  # on weights that the loop overwrites; compilation happens here, where it can still be given up
@@ -200,6 +227,8 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
         key = np.random.SeedSequence([seed, DROPOUT_STREAM, i, place.rank]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(key >> 1))  # the global generators serve dropout alone
         set_learning_rate(optimizer, learning_rate(config, i))
+        if extra:
+            objective.set_step(i)
         model.train()
         return run()
 
@@ -224,7 +253,7 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
         return {name: float(value / total[-1]) for name, value in zip(names, total)}
 
     mode = "eager" if not compiled else "compiled, one CUDA graph per step" if graphed else "compiled"
-    return Program(config, place, data, model, weights, tokens, optimizer, scaler, step, evaluate, mode)
+    return Program(config, place, data, model, weights, prior, tokens, optimizer, scaler, step, evaluate, mode)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -250,13 +279,13 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
             raise InputError(f"{last} was trained on other data: the checksums of --dataset={config.dataset} differ")
         if meta["config"]["seed"] != seed:
             raise InputError(f"{last} was trained with --seed={meta['config']['seed']}: with --seed={seed} it would be another run")
-        now = dataclasses.asdict(config)
+        now = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}  # as in the JSON
         changed = [f"{key} {old} -> {now[key]}" for key, old in meta["config"].items() if key in CONTINUED and now[key] != old]
         if changed and program.place.rank == 0:
             say(f"note: resuming with other values of {', '.join(changed)}: from here on not what an undisturbed run would be")
         if meta["step"] >= config.max_iters and meta["evaluated"] == meta["step"] and program.place.rank == 0 and not config.eval_only:
             say(f"note: nothing to do, {last} is at step {meta['step']} of --max_iters={config.max_iters}: raise it")
-        checkpoint.load_into(last, meta, model, program.optimizer)
+        checkpoint.load_into(last, meta, model, program.optimizer, program.prior)
         program.scaler.load_state_dict(meta["scaler"])
         return meta["step"], meta
     reset(program.optimizer)
@@ -265,6 +294,8 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
         fresh = type(model)(model.config, seed)  # on the CPU, so that a sharded model gets the same weights
         weights = dict(fresh.named_parameters())
     checkpoint.copy_weights(model, weights, config.init_from)
+    if program.prior is not None:
+        program.prior.init_weights(seed)
     return 0, {}
 
 
@@ -277,6 +308,15 @@ def layer_norms(model) -> str:
         for i, tensor in enumerate((p, p.grad)):
             found[i] += 0.0 if tensor is None else float(whole(tensor.detach().float().norm())) ** 2
     return ", ".join(f"{layer} {own**0.5:.3g} ({gradient**0.5:.3g})" for layer, (own, gradient) in sums.items())
+
+
+def margins_of(seen: list, place: Place) -> dict[str, float]:
+    """The log's figures of what a step returned about the barrier, over all processes (all must call it); the percentile is the mean of theirs."""
+    from prior import statistics
+
+    parts = gather(statistics(*seen), place)
+    reduce = {"barrier": sum, "margin_min": min}  # each process has summed its own rows' share of the barrier
+    return {name: reduce.get(name, lambda values: sum(values) / len(parts))([part[name] for part in parts]) for name in parts[0]}
 
 
 def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: bool = False) -> dict:
@@ -315,7 +355,8 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
         if save and not config.eval_only:
             entries = {"config": dataclasses.asdict(config) | {"seed": seed}, "data": program.data.checksum, "tokenizer": program.data.tokenizer}
             entries |= {"generators": "batches and dropout are functions of (seed, step)", "scaler": program.scaler.state_dict(), **progress}
-            checkpoint.save(out_dir / name, model, program.optimizer if name == "last" else None, step, main, **entries)
+            continues = {"optimizer": program.optimizer, "prior": program.prior} if name == "last" else {"optimizer": None}
+            checkpoint.save(out_dir / name, model, step=step, main=main, **continues, **entries)
             saved_at = step if name == "last" else saved_at
 
     def diverged(at: int, what: str) -> Diverged:
@@ -358,7 +399,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
     # loss and gradient norm of the steps not looked at yet: looking waits for the GPU
     losses = torch.zeros(max(1, min(config.log_interval, config.eval_interval, config.max_iters)), device=place.device)
     norms, unread, done, train_seconds, since = torch.zeros_like(losses), 0, 0, 0.0, began
-    curve, scores, underflow = [], {}, False
+    curve, scores, seen_last, underflow = [], {}, [], False
     bar = tqdm(total=config.max_iters, initial=step, disable=not main or not sys.stderr.isatty(), smoothing=0.05, leave=False)
     try:
         while True:
@@ -388,11 +429,13 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                 loss = sum(loss for loss, _ in seen) / unread
                 ms, rate, lr = seconds / unread * 1e3, unread * program.tokens / seconds, learning_rate(config, step - 1)
                 mfu = rate * model.flops_per_token() / (place.peak * place.world) if place.peak else None
-                record(step=step, train_loss=loss, ms=round(ms, 4), tokens_per_s=round(rate), lr=lr, grad_norm=norm, mfu=mfu)
+                margins = margins_of(seen_last, place) if seen_last else {}
+                record(step=step, train_loss=loss, ms=round(ms, 4), tokens_per_s=round(rate), lr=lr, grad_norm=norm, mfu=mfu, **margins)
                 done, train_seconds, unread = done + unread, train_seconds + seconds, 0
                 if main and not quiet and step % config.log_interval == 0:
                     left = timedelta(seconds=round((config.max_iters - step) * train_seconds / done))
-                    say(f"iter {step}: loss {loss:.4f}, {ms:.2f} ms, {rate:,.0f} tok/s, " + (f"mfu {mfu:.1%}, " if mfu else "") + f"left {left}")
+                    more = "".join(f"{name.replace('_', ' ')} {value:.4g}, " for name, value in margins.items()) + (f"mfu {mfu:.1%}, " if mfu else "")
+                    say(f"iter {step}: loss {loss:.4f}, {ms:.2f} ms, {rate:,.0f} tok/s, {more}left {left}")
 
             if stop and (step < config.max_iters or broken_off):  # an evaluation that is due is made up for after resuming
                 write("last")
@@ -429,7 +472,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
             found = unless_broken_off(program.step, seed, step)
             if found is None:
                 continue
-            losses[unread], norms[unread] = found
+            losses[unread], norms[unread], *seen_last = found
             step, unread = step + 1, unread + 1
             bar.update()
     except InputError as error:  # the log or a checkpoint cannot be written, or the data cannot be read: what is there is saved if it can be
@@ -475,6 +518,7 @@ def run(config: TrainConfig, place: Place) -> int:
     if place.rank == 0:
         plain = (config.diffusion_alpha, config.diffusion_lambda) == (1, 1)
         arm = "A" if not config.diffusion else "A - I" if plain else f"{config.diffusion_lambda:g} (A - {config.diffusion_alpha:g} I)"
+        arm += f", barrier {config.prior_lambda:g} x {config.prior_form} ({config.prior_where})" if config.prior_lambda else ""
         say(f"{program.model.num_params() / 1e6:.2f} M parameters, arm {arm}; {place.name()} x {place.world}, {place.dtype}, {program.mode}")
         warn_if_long(program.model.flops_per_token() * config.max_iters * program.tokens, place)
     status = 0

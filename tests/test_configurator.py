@@ -40,19 +40,28 @@ def test_no_arguments_give_the_defaults():
         parsed().seed = 1
 
 
-def test_every_key_survives_the_command_line_and_a_file(tmp_path):
+# the two places of the barrier, whose keys exclude each other
+VARIANT = dict(head_combine="product", attention_kernel="rbf")  # of which the barrier on the model's own attention knows nothing
+EMBEDDING = dict(prior_form="square", prior_dim=4, prior_energy=0.5, prior_tied=True, prior_normalise=True, **VARIANT)
+ATTENTION = dict(prior_where="attention", prior_positions=3, prior_layers=(0, 2))
+
+
+@pytest.mark.parametrize("place, other", [(EMBEDDING, ATTENTION), (ATTENTION, EMBEDDING)])
+def test_every_key_survives_the_command_line_and_a_file(place, other, tmp_path):
     values = dict(
         out_dir="o", overwrite=True, eval_interval=3, eval_tokens=7, log_interval=2, eval_only=True, always_save_checkpoint=False, init_from="resume",
         wandb_log=True, wandb_project="p", wandb_run_name="r", dataset="d", gradient_accumulation_steps=5, batch_size=6, block_size=8, patch_size=4,
         crop_pad=1, flip=False, n_layer=3, n_head=2, n_embd=10, vocab_size=99, dropout=0.25, bias=True, diffusion=True, diffusion_alpha=0.5,
         diffusion_lambda=1.5, diffusion_heads=(0, 1, 2), learning_rate=0.01, max_iters=50, weight_decay=0.2, beta1=0.8, beta2=0.9, grad_clip=2.0,
         decay_lr=False, warmup_iters=4, lr_decay_iters=40, min_lr=0.001, seed=5, device="cpu", dtype="bfloat16", compile=True, cuda_graph=False,
-        probe_interval=6, parallel="fsdp", weight_init="unrolled", head_combine="product", attention_kernel="rbf",
+        probe_interval=6, weight_init="unrolled", parallel="fsdp", prior_lambda=0.1, prior_anneal=True, prior_detach=True, embed_noise=0.5,
+        label_smoothing=0.1, **place,
     )  # fmt: skip
     expected = TrainConfig(**values)
-    assert not [field.name for field in dataclasses.fields(TrainConfig) if getattr(expected, field.name) == field.default]  # no key is left out
+    left_out = {field.name for field in dataclasses.fields(TrainConfig) if getattr(expected, field.name) == field.default}
+    assert left_out == other.keys() - place.keys()
     lines = [f"{key} = {value!r}" for key, value in values.items()]
-    options = [f"--{key}={','.join(map(str, value)) if key == 'diffusion_heads' else value}" for key, value in values.items()]
+    options = [f"--{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for key, value in values.items()]
     assert parsed(*options) == parsed(written(tmp_path / "all.py", *lines)) == expected
 
 
