@@ -27,6 +27,7 @@ ARMS = {  # an arm's name -> its options
     "A-I": [("diffusion", "True")],
     "A+prior": [BARRIER],  # the log-barrier on the embeddings, and on the model's own heads
     "A+own": [BARRIER, ("prior_where", "attention")],
+    "A-bf16": [("dtype", "bfloat16")],  # on a CPU, where --dtype=auto is float32
     "plain": [],  # A in nanoGPT's way, see `plain`
 }
 
@@ -71,7 +72,6 @@ if __name__ == "__main__":  # before torch is imported
     with one_line_errors():
         command_line = configure(BenchConfig)
 
-import copy
 import json
 import platform
 import subprocess
@@ -103,7 +103,12 @@ def recipe(bench: BenchConfig, arm: str, folder: Path) -> TrainConfig:
     if not path.is_file():
         raise InputError(f"--model={bench.model}: there is no config/{bench.model}.py")
     config = build_config(TrainConfig, [str(path)], ARMS[arm])
-    changes = {"device": bench.device, "dtype": bench.dtype, "compile": bench.compile, "dataset": bench.dataset or config.dataset}
+    changes = {
+        "device": bench.device,
+        "dtype": config.dtype if bench.dtype == "auto" else bench.dtype,
+        "compile": bench.compile,
+        "dataset": bench.dataset or config.dataset,
+    }
     if bench.batch_size:
         changes |= {"batch_size": bench.batch_size, "gradient_accumulation_steps": 1}
     if not bench.dataset and not (directory_of(config.dataset) / "meta.json").is_file():
@@ -318,8 +323,8 @@ def bench_sample(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]:
         if not isinstance(program.model, GPT):
             raise InputError(f"--what=sample writes text, and --model={bench.model} is for pictures")
         program.model.init_weights(0)
-        masters = program.model.eval()
-        model = copy.deepcopy(masters).to(place.dtype)
+        masters = GPT(program.model.config).to(place.device).eval()
+        model = program.model.eval().to(place.dtype)
         context = model.config.block_size
         size = model.config.vocab_size
         prompt = [i % size for i in range(min(100, context // 2))]

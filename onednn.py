@@ -1,12 +1,16 @@
-"""Float32 linear layers on x86 CPUs through oneDNN instead of MKL.
+"""What torch does slowly on x86 CPUs: float32 linear layers by MKL, and attention in bfloat16.
 
 torch sends float32 matrix products on a CPU to MKL, which does not use AVX-512 on processors that are not Intel's; oneDNN, in the same torch, does:
 at the shapes of config/quick.py it is twice as fast for the forward product and the input's gradient, 1.2 to 1.9 times for the weight's (LOG.md).
 Precision is float32 in both; the order of the sums differs, as between any two BLAS.
+
+The backward pass of attention takes four times as long in bfloat16 as in float32 (LOG.md), so attention stays in float32 under autocast.
 """
 
 import torch
 import torch.nn as nn
+
+from model import CausalSelfAttention
 
 
 def available() -> bool:
@@ -41,9 +45,19 @@ class Linear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+class Attention(CausalSelfAttention):
+    """The model's attention, with A v in float32 also for q, k and v in bfloat16; the result is in bfloat16."""
+
+    def attend(self, q, keys, values, mask, causal: bool):
+        if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+            return super().attend(q, keys, values, mask, causal)
+        with torch.autocast("cpu", enabled=False):
+            return super().attend(q.float(), keys.float(), values.float(), mask, causal).to(q.dtype)
+
+
 def accelerate(model: nn.Module):
-    """Turns the nn.Linear layers of `model` into Linear, in place; parameters and their names stay. Does nothing where it would not be faster."""
+    """Turns linear layers and attention of `model` into those above, in place; parameters and their names stay. Not where it would be slower."""
     if available():
+        swaps = {nn.Linear: Linear, CausalSelfAttention: Attention}
         for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = Linear
+            module.__class__ = swaps.get(type(module), module.__class__)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import onednn
+from model import GPT, GPTConfig, attention_reference
 
 pytestmark = pytest.mark.skipif(not onednn.available(), reason="this processor or torch build has no use for onednn.py")
 
@@ -41,3 +42,28 @@ def test_accelerate_keeps_parameters_and_names_and_other_dtypes_fall_through():
     model, x = model.double(), x.double()
     hidden = torch.nn.functional.gelu(x @ model[0].weight.t() + model[0].bias)
     torch.testing.assert_close(model(x), hidden @ model[2].weight.t(), rtol=1e-12, atol=1e-12)  # float64 stays float64
+
+
+@pytest.mark.parametrize("diffusion", [False, True])
+def test_attention_in_bfloat16_is_that_of_float32_rounded(diffusion):
+    config = GPTConfig(block_size=12, vocab_size=20, n_layer=1, n_head=2, n_embd=16, diffusion=diffusion)
+    attention = GPT(config).transformer.h[0].attn
+    parts = [torch.randn(2, 2, 12, 8).bfloat16().requires_grad_() for _ in range(3)]
+    attention.__class__ = onednn.Attention
+    y = attention.per_head(parts[0], parts[2], parts[1], parts[2], None, True)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    reference = attention_reference(*exact, True, diffusion, heads=attention.diffusing_heads)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), reference, rtol=2**-7, atol=2**-7)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    reference.backward(upstream.double())
+    for ours, theirs in zip(parts, exact):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=2**-7, atol=2**-7 * float(theirs.grad.abs().max()))
+
+
+def test_a_model_in_float64_stays_in_float64():
+    model, plain = (GPT(GPTConfig(block_size=12, vocab_size=20, n_layer=1, n_head=2, n_embd=16)).double() for _ in range(2))
+    onednn.accelerate(model)
+    idx = torch.arange(10)[None]
+    torch.testing.assert_close(model(idx, idx)[0], plain(idx, idx)[0], rtol=0, atol=1e-13)
