@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
 import dataclasses
 import math
-import signal
 import sys
 import time
 import warnings
@@ -39,6 +38,7 @@ from model import GPT, GPTConfig, ViT, ViTConfig
 from optimizer import learning_rate, make_optimizer, reset, set_learning_rate
 from parallel import distribute, gather, gradient_sync, reshard, whole
 from place import Place, find_place, say, warn_if_long
+from signals import Interrupted, Signals
 
 DROPOUT_STREAM = 2  # SeedSequence keys (seed, stream, step, rank): dataset.py's data order is stream 1
 EVAL_TOKENS = 8192  # tokens of a validation batch at least, however small the training batch is
@@ -47,10 +47,7 @@ GRAPH_TOKENS = 65536  # tokens a step up to which launching kernels takes so lon
 CONTINUED = {"max_iters", "lr_decay_iters", "learning_rate", "min_lr", "decay_lr", "warmup_iters", "batch_size", "gradient_accumulation_steps"}
 CONTINUED |= {"weight_decay", "beta1", "beta2", "grad_clip", "dtype", "flip", "crop_pad", "embed_noise", "label_smoothing"}
 CONTINUED |= {field.name for field in dataclasses.fields(TrainConfig) if field.name.startswith("prior_")}
-
-
 SMALLEST_SCALE = 2.0**-24  # of float16 losses: below it the smallest float16 number stands for the whole loss, and no step can succeed any more
-PATIENCE = 4.0  # seconds that a step or an evaluation on a CPU has to end by itself after a signal
 
 
 class Diverged(Exception):
@@ -59,18 +56,6 @@ class Diverged(Exception):
     def __init__(self, step: int, what: str, norms: str, last: str):
         super().__init__(f"step {step}: {what}, so training stops; norms of the parameters (gradients): {norms}; {last}")
         self.step = step
-
-
-class BrokenOff(BaseException):
-    """A step or an evaluation that took longer than PATIENCE after a signal was given up; the state is as it was before."""
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C arrived, and the state has been saved. `signal` is its number."""
-
-    def __init__(self, signal_number: int, message: str):
-        super().__init__(message)
-        self.signal = signal_number
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -363,39 +348,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
         there = f"{out_dir / 'last'} of step {saved_at} is from before it" if saved_at is not None else "there is no checkpoint from before it"
         return Diverged(at, what, layer_norms(model), there)
 
-    # Signals. The loop looks at them between two steps. One process on a CPU, where a step may take minutes, gives up what it does after some
-    # PATIENCE: an evaluation changes nothing, and a step nothing before the optimizer's turn, so that the state to save is exact.
-    caught, may_break_off, broken_off = [], False, False
-    alone_on_cpu = place.world == 1 and program.data.device.type == "cpu"
-
-    def remember(number, _):
-        caught.append(number)
-        if alone_on_cpu:
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE, 1.0)  # again each second, for an exception may get lost on its way
-
-    def break_off(*_):
-        if may_break_off and caught:
-            raise BrokenOff
-
-    def unless_broken_off(action, *args):
-        """What the action returns, None when it was given up."""
-        nonlocal may_break_off, broken_off
-        try:
-            try:
-                may_break_off = True
-                return action(*args)
-            finally:
-                may_break_off = False
-        except BrokenOff:
-            may_break_off, broken_off = False, True
-
-    def optimizer_begins(*_):
-        nonlocal may_break_off
-        may_break_off = False
-
-    handlers = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-    handlers |= {signal.SIGALRM: signal.signal(signal.SIGALRM, break_off)} if alone_on_cpu else {}
-    hook = program.optimizer.register_step_pre_hook(optimizer_begins)
+    signals = Signals(program.optimizer, impatient=place.world == 1 and program.data.device.type == "cpu")
     # loss and gradient norm of the steps not looked at yet: looking waits for the GPU
     losses = torch.zeros(max(1, min(config.log_interval, config.eval_interval, config.max_iters)), device=place.device)
     norms, unread, done, train_seconds, since = torch.zeros_like(losses), 0, 0, 0.0, began
@@ -405,9 +358,9 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
         while True:
             at_eval = step % config.eval_interval == 0 or step == config.max_iters
             at_log = step % config.log_interval == 0 or at_eval
-            stop = caught[:1]
+            stop = signals.caught[:1]
             if place.world > 1 and at_log:  # all processes leave at the same step
-                stop = sum(gather(caught, place), [])[:1]
+                stop = sum(gather(signals.caught, place), [])[:1]
             elif place.world > 1:
                 stop = []
 
@@ -437,12 +390,12 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                     more = "".join(f"{name.replace('_', ' ')} {value:.4g}, " for name, value in margins.items()) + (f"mfu {mfu:.1%}, " if mfu else "")
                     say(f"iter {step}: loss {loss:.4f}, {ms:.2f} ms, {rate:,.0f} tok/s, {more}left {left}")
 
-            if stop and (step < config.max_iters or broken_off):  # an evaluation that is due is made up for after resuming
+            if stop and (step < config.max_iters or signals.broken_off):  # an evaluation that is due is made up for after resuming
                 write("last")
                 saved = f", saved in {out_dir / 'last'}; --init_from=resume continues" if save else ""
                 raise Interrupted(stop[0], f"stopped at step {step}{saved}")
             if config.eval_only or (at_eval and progress["evaluated"] != step):
-                found = unless_broken_off(program.evaluate)
+                found = signals.attempt(program.evaluate)
                 if found is None:
                     continue
                 scores = found
@@ -469,7 +422,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                 break
             if unread == 0:
                 since = time.perf_counter()
-            found = unless_broken_off(program.step, seed, step)
+            found = signals.attempt(program.step, seed, step)
             if found is None:
                 continue
             losses[unread], norms[unread], *seen_last = found
@@ -484,11 +437,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
             raise error from None
         raise InputError(f"{error}; stopped at step {step}, saved in {out_dir / 'last'}; --init_from=resume continues") from None
     finally:
-        if alone_on_cpu and caught:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        hook.remove()
+        signals.close()
         bar.close()
         if metrics:
             metrics.close()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import checkpoint
 import metrics
+import signals
 import train
 from compare import parse
 from configurator import InputError, TrainConfig, configure, field_names
@@ -206,7 +207,7 @@ def test_layer_norms_are_those_of_the_tensors(data, tmp_path, arm):
 def test_what_takes_long_is_given_up_after_a_signal_and_made_up_for_exactly(data, tmp_path, monkeypatch, phase):
     program = built(config_of(data, tmp_path / "whole", dropout=0.2, diffusion=True))
     train.train(program, 1, tmp_path / "whole", quiet=True)
-    monkeypatch.setattr(train, "PATIENCE", 0.05)
+    monkeypatch.setattr(signals, "PATIENCE", 0.05)
     forward, calls = type(program.model).forward, []
 
     def slow(self, *args, **kwargs):
