@@ -82,6 +82,7 @@ class TrainConfig:
     diffusion_alpha: float = 1.0  # weight of the identity
     diffusion_lambda: float = 1.0  # scale of the whole
     diffusion_heads: tuple[int, ...] = ()  # trailing heads that diffuse: empty all, 2 in each layer, 0,0,2,4 by layer
+    diffusion_learned: bool = False  # alpha is a parameter of each diffusing head, which starts at diffusion_alpha
     # what else the theory suggests (variants.py)
     weight_init: str = "gpt2"  # gpt2, or unrolled: the theory's identity weights on top of GPT-2's noise
     head_combine: str = "concat"  # concat, or product: heads weighted by their precisions, a product of Gaussian experts
@@ -148,7 +149,7 @@ class TrainConfig:
         )
         if self.init_from in ("scratch", "resume"):  # else the sizes come from a checkpoint, and are checked when it is read
             check_diffusion_heads(self.diffusion_heads, self.n_layer, self.n_head)
-        keys_of_arm = ("diffusion_alpha", "diffusion_lambda", "diffusion_heads")
+        keys_of_arm = ("diffusion_alpha", "diffusion_lambda", "diffusion_heads", "diffusion_learned")
         changed = [key for key in keys_of_arm if getattr(self, key) != getattr(TrainConfig, key)]
         need(self.diffusion or not changed, f"--{'/'.join(changed)} has no effect without --diffusion=True")
         self._check_prior(need)
@@ -195,8 +196,11 @@ class TrainConfig:
         places.pop(self.prior_where, None)
         idle = [key for keys in places.values() for key in keys if key in changed]
         need(not idle, f"--{'/'.join(idle)} has no effect with --prior_where={self.prior_where}")
-        ordinary = (self.head_combine, self.attention_kernel) == ("concat", "softmax")
-        need(ordinary or self.prior_where == "embedding", "--prior_where=attention needs --attention_kernel=softmax and --head_combine=concat")
+        ordinary = (self.head_combine, self.attention_kernel, self.diffusion_learned) == ("concat", "softmax", False)
+        need(
+            ordinary or self.prior_where == "embedding",
+            "--prior_where=attention needs --attention_kernel=softmax, --head_combine=concat and --diffusion_learned=False",
+        )
 
 
 def check_diffusion_heads(heads: tuple[int, ...], n_layer: int, n_head: int):

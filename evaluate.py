@@ -73,7 +73,7 @@ from tqdm import tqdm
 import onednn
 from checkpoint import load_model
 from dataset import Pictures, Tokenizer, Tokens, prepare_if_missing, read_meta, write_file
-from model import GPT, ViT
+from model import GPT, ViT, plain_attention
 from place import Place, find_place, say
 from prior import own_margins
 
@@ -398,8 +398,9 @@ def all_margins(subject: Subject) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def margins(subject: Subject) -> Iterator[tuple[str, object]]:
     """Quantiles and histogram of the margins by layer, and of their sums over layers and heads; for text the support tokens and a passage."""
-    if (config := subject.model.config).head_combine != "concat" or config.attention_kernel != "softmax":
-        raise InputError(f"the margins' formula is for softmax and concat, not for attention_kernel={config.attention_kernel}, {config.head_combine}")
+    if not plain_attention(config := subject.model.config):
+        keys = ("attention_kernel", "head_combine", "diffusion_learned")
+        raise InputError(f"the margins' formula is not that of {', '.join(f'{key}={getattr(config, key)}' for key in keys)}")
     values, negative, read = all_margins(subject)
     windows, layers, heads, T = values.shape
     total = values.sum(axis=(1, 2))  # (windows, T)

@@ -218,7 +218,7 @@ def export(config: ExportConfig) -> Path:
     if meta["kind"] == "pictures":
         raise InputError(f"--out_dir={out_dir} holds a model of pictures: transformers' GPT-2 is for text")
     ours, tokenizer = config_of(meta), meta["tokenizer"]
-    for key in ("head_combine", "attention_kernel"):
+    for key in ("head_combine", "attention_kernel", "diffusion_learned"):
         if getattr(ours, key) != getattr(GPTConfig, key):
             raise InputError(f"--out_dir={out_dir} was trained with {key}={getattr(ours, key)}, which the exported model cannot express")
     weights, _ = read_weights(directory)

@@ -35,7 +35,8 @@ class GPTConfig:
     diffusion_alpha: float = 1.0
     diffusion_lambda: float = 1.0
     diffusion_heads: tuple[int, ...] = ()  # trailing heads that diffuse: () all, (h,) in every layer, or one number per layer
-    weight_init: str = "gpt2"  # this and the next two: see variants.py, which is imported for other values alone
+    weight_init: str = "gpt2"  # this and the next three: see variants.py, which is imported for other values alone
+    diffusion_learned: bool = False
     head_combine: str = "concat"
     attention_kernel: str = "softmax"
     causal = True  # no annotation, hence no field: a GPT attends to the past
@@ -48,14 +49,18 @@ class GPTConfig:
 def diffuse(y, v, alpha: float, lam: float, heads: int):
     """Graph diffusion from attention's output: lambda (A v - alpha v) on the last `heads` heads, A v on the others.
 
-    y = A v and v are (B, H, T, d); returns the same shape. THEORY: arXiv 2507.21040, the gradient step (A - I) X of Laplacian Eigenmaps.
+    y = A v and v are (B, H, T, d); returns the same shape. alpha may be a tensor of one number per diffusing head, (heads, 1, 1).
+    THEORY: arXiv 2507.21040, the gradient step (A - I) X of Laplacian Eigenmaps.
     """
     if heads == 0:
         return y
     if heads < y.size(1):
         kept, diffusing = y[:, :-heads], diffuse(y[:, -heads:], v[:, -heads:], alpha, lam, heads)
         return torch.cat((kept, diffusing), dim=1)
-    y = y - v if alpha == 1 else torch.sub(y, v, alpha=alpha)
+    if isinstance(alpha, torch.Tensor):
+        y = y - alpha.to(v.dtype) * v
+    else:
+        y = y - v if alpha == 1 else torch.sub(y, v, alpha=alpha)
     return y if lam == 1 else lam * y
 
 
@@ -100,6 +105,11 @@ class KVCache:
         if self.length > 0 and T > 1:  # SDPA's own causal mask assumes that the first query is the first key
             mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(self.length)
         return self.entries[layer, 0, :, :, :end], self.entries[layer, 1, :, :, :end], mask, self.length == 0
+
+
+def plain_attention(config) -> bool:
+    """Whether a config asks for the attention below, and nothing of variants.py."""
+    return (config.head_combine, config.attention_kernel, config.diffusion_learned) == ("concat", "softmax", False)
 
 
 class CausalSelfAttention(nn.Module):
@@ -171,7 +181,7 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, config.bias)
         attention = CausalSelfAttention
-        if config.head_combine != "concat" or config.attention_kernel != "softmax":
+        if not plain_attention(config):
             from variants import VariantAttention as attention
         self.attn = attention(config, layer)
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
@@ -223,6 +233,8 @@ class Network(nn.Module):
                 parameter.zero_()
             elif ".ln_" in name:
                 parameter.fill_(1)
+            elif name.endswith(".alpha"):
+                parameter.fill_(self.config.diffusion_alpha)
             else:
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
                 key = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1, np.uint64)[0]
@@ -314,6 +326,7 @@ class ViTConfig:
     diffusion_lambda: float = 1.0
     diffusion_heads: tuple[int, ...] = ()
     weight_init: str = "gpt2"
+    diffusion_learned: bool = False
     head_combine: str = "concat"
     attention_kernel: str = "softmax"
     causal = False  # no annotation, hence no field: every patch attends to every patch

@@ -14,6 +14,7 @@ attention reads:
     diagonal         mean of A_ii
     dirichlet_in     tr(X^T L X) / tr(X^T X) with L = I - A, X the tokens before the block, normalised without gain: 0 is smooth on the head's graph
     dirichlet_out    the same graph, the tokens after the block: less than before means that the block smooths
+    alpha            of a diffusing head, A - alpha I: where it is with diffusion_learned
 
 and per layer (0 is what enters the first block): cosine and cosine_average of the whole sub-layer's update, with the mean of the heads' A, and
 
@@ -160,7 +161,10 @@ def probe(model, batches: Iterable, sequences: int = SEQUENCES) -> Iterator[tupl
         for i, name in enumerate(LAYER):
             # the rank after block L is that of the tokens which enter block L + 1
             yield f"layer {layer + 1 if name == 'effective_rank' else layer} {name}", float(layers[layer, i])
+        attn = blocks[layer].attn
         for head in range(heads.size(2)):
+            if (diffusing := head - attn.n_head + attn.diffusing_heads) >= 0:
+                yield f"layer {layer} head {head} alpha", float(attn.alpha[diffusing] if isinstance(attn.alpha, torch.Tensor) else attn.alpha)
             for i, name in enumerate(HEAD):
                 yield f"layer {layer} head {head} {name}", float(heads[layer, i, head])
 

@@ -3,6 +3,7 @@
     attention_kernel   softmax | rbf | student_t    what the weights of the graph are made of
     head_combine       concat | product             how the heads' updates become one
     weight_init        gpt2 | unrolled              where training starts
+    diffusion_learned  False | True                 alpha of A - alpha I is a parameter of each diffusing head
 
 model.py imports this file only when one of the keys asks for it. All work in both arms, in GPT and ViT, and together. Graph diffusion stays where
 it is, in model.diffuse. Shapes: B sequences, H heads, T queries, S keys, d = C / H.
@@ -78,7 +79,7 @@ def kernel_matrix(q, k, causal: bool, kernel: str):
 
 
 class VariantAttention(CausalSelfAttention):
-    """CausalSelfAttention with another kernel, or with its heads combined as a product of experts.
+    """CausalSelfAttention with another kernel, with its heads combined as a product of experts, or with a learned alpha (heads,) for A - alpha I.
 
     Kernels: softmax exp(q k / sqrt d), rbf exp(-|q - k|^2 / (2 sqrt d)), student_t 1 / (1 + |q - k|^2 / sqrt d), rows normalised, causal where
     the model is. rbf runs in the fused kernel with 2 channels more (8, with the padding). student_t stores the B x H x T x S matrix in float32, and
@@ -115,6 +116,9 @@ class VariantAttention(CausalSelfAttention):
             raise ValueError(f"head_combine {config.head_combine!r} is not concat or product")
         if self.product:
             self.log_noise = nn.Parameter(torch.zeros(config.n_head))
+        if config.diffusion_learned and self.diffusing_heads:
+            del self.alpha
+            self.alpha = nn.Parameter(torch.zeros(self.diffusing_heads))  # init_weights fills in diffusion_alpha; no weight decay on vectors
 
     def attend(self, q, keys, values, mask, causal: bool):
         """A v for this kernel; the values may be wider than queries and keys."""
@@ -130,8 +134,9 @@ class VariantAttention(CausalSelfAttention):
 
     def per_head(self, q, v, keys, values, mask, causal: bool):
         """What each head hands to c_proj, weighted by its precision when head_combine is product: (B, H, T, d)."""
+        alpha = self.alpha[:, None, None] if isinstance(self.alpha, torch.Tensor) else self.alpha
         if not self.product:
-            return super().per_head(q, v, keys, values, mask, causal)
+            return diffuse(self.attend(q, keys, values, mask, causal), v, alpha, self.lam, self.diffusing_heads)
         d = v.size(-1)
         wide = torch.promote_types(v.dtype, torch.float32)
         square = values.to(wide).square().mean(dim=-1, keepdim=True)
@@ -139,7 +144,7 @@ class VariantAttention(CausalSelfAttention):
         y = moments[..., :d]
         precision = self.precisions(y.to(wide), moments[..., d:].to(wide))
         weights = self.n_head * precision / precision.sum(dim=1, keepdim=True)
-        return weights.to(y.dtype) * diffuse(y, v, self.alpha, self.lam, self.diffusing_heads)
+        return weights.to(y.dtype) * diffuse(y, v, alpha, self.lam, self.diffusing_heads)
 
     def precisions(self, mean, square):
         """Mean (B, H, T, d) and mean square over channels (B, H, T, 1) of the rows -> precisions pi (B, H, T, 1), at most exp(-log_noise)."""

@@ -41,7 +41,9 @@ def test_no_arguments_give_the_defaults():
 
 
 # the two places of the barrier, whose keys exclude each other
-VARIANT = dict(head_combine="product", attention_kernel="rbf")  # of which the barrier on the model's own attention knows nothing
+VARIANT = dict(
+    head_combine="product", attention_kernel="rbf", diffusion_learned=True
+)  # of which the barrier on the model's own attention knows nothing
 EMBEDDING = dict(prior_form="square", prior_dim=4, prior_energy=0.5, prior_tied=True, prior_normalise=True, **VARIANT)
 ATTENTION = dict(prior_where="attention", prior_positions=3, prior_layers=(0, 2))
 

@@ -20,7 +20,7 @@ def test_the_report_holds_the_probe(tokens_dir, tmp_path, capsys):
     for name, value in dict(probe.probe(load_model(tmp_path, "last")[0], sequences)).items():
         assert found[name] == pytest.approx(value, abs=1e-5)
     assert "| layer   | cosine" in capsys.readouterr().out
-    with pytest.raises(InputError, match="the margins' formula is for softmax and concat, not for attention_kernel=rbf"):
+    with pytest.raises(InputError, match="the margins' formula is not that of attention_kernel=rbf"):
         evaluate.main(evaluate.EvaluateConfig(out_dir=str(tmp_path), which="last", margins=True, device="cpu"))
 
 

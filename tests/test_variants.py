@@ -291,3 +291,52 @@ def test_layer_norm_block_and_reference_are_those_of_the_model():
     assert type(attn) is CausalSelfAttention and LayerNorm(4, False).bias is None
     q = draw(1, 2, 5, 4)
     torch.testing.assert_close(attn.per_head(q, q, q, q, None, False), attention_reference(q, q, q, causal=False, diffusion=True), **TIGHT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# diffusion_learned
+
+
+@pytest.mark.parametrize("heads", [(), (2,), (0, 3)])
+@pytest.mark.parametrize("make", [gpt, vit])
+def test_a_learned_alpha_starts_as_the_constant_and_has_its_gradient(make, heads):
+    keys = dict(diffusion=True, diffusion_alpha=0.6, diffusion_lambda=1.2, diffusion_heads=heads)
+    constant, learned = make(**keys), make(**keys, diffusion_learned=True)
+    with torch.no_grad():
+        for name, parameter in learned.named_parameters():
+            parameter.fill_(0.6) if name.endswith("alpha") else parameter.copy_(dict(constant.named_parameters())[name])
+    inputs = (torch.arange(12)[None] % 19,) * 2 if make is gpt else (draw(2, 3, 8, 8), torch.tensor([1, 4]))
+    torch.testing.assert_close(learned(*inputs)[0], constant(*inputs)[0], **TIGHT)
+    learned(*inputs)[1].backward()
+    attn, step = learned.transformer.h[1].attn, 1e-6
+    assert attn.alpha.shape == ((heads or (4,))[-1],)
+    for head in range(len(attn.alpha)):  # central differences
+        losses_around = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                attn.alpha[head] += sign * step
+                losses_around.append(float(learned(*inputs)[1]))
+                attn.alpha[head] -= sign * step
+        assert float(attn.alpha.grad[head]) == pytest.approx((losses_around[0] - losses_around[1]) / (2 * step), rel=1e-5, abs=1e-9)
+
+
+def test_learned_alphas_move_and_are_reported(tokens_dir, tmp_path):
+    import probe
+
+    program = build(tiny(tokens_dir, tmp_path, max_iters=8, diffusion=True, diffusion_learned=True, diffusion_alpha=0.5, learning_rate=0.05))
+    attn = program.model.transformer.h[0].attn
+    assert [p is attn.alpha for group in program.optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]].count(True) == 1
+    fresh = GPT(program.model.config, 3)
+    assert all(float(a) == 0.5 for block in fresh.transformer.h for a in block.attn.alpha)
+    run(program.config)
+    model = checkpoint.load_model(tmp_path, "last")[0]
+    found = dict(probe.probe(model, [(torch.arange(16)[None] % 10,)], 1))
+    alphas = [float(a) for a in model.transformer.h[0].attn.alpha]
+    assert [found[f"layer 0 head {head} alpha"] for head in range(len(alphas))] == alphas and all(a != 0.5 for a in alphas)
+    with pytest.raises(InputError, match="diffusion_learned=True, which the exported model cannot express"):
+        export(ExportConfig(out_dir=str(tmp_path), which="last", to=str(tmp_path / "hf")))
+
+
+def test_a_learned_alpha_needs_diffusion():
+    with pytest.raises(InputError, match="--diffusion_learned has no effect without --diffusion=True"):
+        TrainConfig(diffusion_learned=True).check()
