@@ -38,7 +38,7 @@ class BenchConfig:
 
     what: str = "train"  # train, eval, sample, startup, loader (drawn batches against a fixed one), ddp (all processes of torchrun against one)
     model: str = "quick"  # a recipe: config/MODEL.py
-    arms: str = "A,A-I"  # comma-separated, of A, A-I, A+prior, A+own and plain (nanoGPT's habits); the others are compared with the first
+    arms: str = "A,A-I"  # comma-separated, of A, A-I, A+prior, A+own, A-bf16 and plain (nanoGPT's way); the others are compared with the first
     batch_size: int = 0  # sequences per step in one batch, of each process; 0: the recipe's batch and accumulation
     dataset: str = ""  # empty: the recipe's, or random data of its kind where that is not prepared
     rounds: int = 10  # turns of each arm that are counted

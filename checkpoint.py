@@ -156,6 +156,10 @@ def read_meta(directory: Path, name: str = "checkpoint.json") -> dict:
     except FileNotFoundError:
         others = [name for name in ("best", "last") for place in (directory, directory.parent) if (place / name / "checkpoint.json").is_file()]
         hint = f", but there is {' and '.join(sorted(set(others)))}" if others else ""
+        if others == ["last"] and directory.name == "best":
+            hint = ": no evaluation was better than the one before the first step; --which=last takes the last"
+        elif not others and (directory.parent / "metrics.jsonl").is_file():
+            hint = f": {directory.parent} was stopped before its first; --overwrite=True starts it again"
         raise InputError(f"{directory} holds no checkpoint ({path.name} is missing){hint}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error})") from None

@@ -33,6 +33,7 @@ def read_pictures(given: str, count: int, meta: dict) -> tuple[np.ndarray, list[
         return np.stack(reduced), [str(path) for path in paths[:count]]
     directory = directory_of(meta["config"]["dataset"])
     try:
+        count = min(count, (directory / "val.bin").stat().st_size // (3 * side * side))
         pictures = np.fromfile(directory / "val.bin", dtype=np.uint8, count=count * 3 * side * side).reshape(-1, 3, side, side)
         labels = np.fromfile(directory / "val_labels.bin", dtype="<u2", count=len(pictures))
         return pictures, [f"validation picture {i}, {classes[label]}" for i, label in enumerate(labels)]

@@ -85,6 +85,8 @@ def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
         arms[name] = build_config(TrainConfig, files, shared + own)
         if arms[name].init_from == "resume" or arms[name].eval_only:
             raise InputError(f"arm {name!r}: a comparison trains every cell from its start; take out init_from='resume' and eval_only")
+        if "margins" in comparison.evaluators and not arms[name].plain_attention:
+            raise InputError(f"arm {name!r}: --evaluate=margins is for attention_kernel=softmax, head_combine=concat and no diffusion_learned")
     if len(arms) < 2:
         raise InputError(f"{len(arms)} arm(s) given: a comparison needs a baseline and at least one more config")
     if not comparison.out_dir:
@@ -119,7 +121,7 @@ from tabulate import tabulate
 
 import checkpoint
 import evaluate
-from dataset import ROOT, incomplete, prepare_if_missing, read_meta, write_file
+from dataset import ROOT, incomplete, prepare_if_missing, read_meta, sha256_of, write_file
 from evaluate import save_figure
 from place import find_place, say
 from train import Diverged, Interrupted, build, train
@@ -146,7 +148,19 @@ FRONTIER = ("noise 1 RMS", "attack 0.1, 10 steps")  # the perturbations of front
 
 def code_sha256() -> str:
     """One checksum of the files that decide a run's numbers."""
-    names = ("model.py", "variants.py", "prior.py", "fused.py", "dataset.py", "train.py", "optimizer.py", "parallel.py", "onednn.py", "place.py")
+    names = (
+        "model.py",
+        "variants.py",
+        "prior.py",
+        "fused.py",
+        "dataset.py",
+        "train.py",
+        "optimizer.py",
+        "parallel.py",
+        "onednn.py",
+        "place.py",
+        "checkpoint.py",
+    )
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest()
 
 
@@ -155,8 +169,17 @@ def fingerprint(config: TrainConfig, data: dict, device: str, evaluators: list[s
     keys = {key: value for key, value in dataclasses.asdict(config).items() if key not in HARMLESS}
     if evaluators:
         keys |= {"evaluate": sorted(evaluators), "evaluate_code": hashlib.sha256((ROOT / "evaluate.py").read_bytes()).hexdigest()}
-    everything = keys | data | {"code": code_sha256(), "torch": torch.__version__, "device": device}
+    everything = keys | data | {"code": code_sha256(), "torch": torch.__version__, "device": device, **given_weights(config.init_from)}
     return json.loads(json.dumps(everything))  # as it will be read back: tuples are lists
+
+
+def given_weights(init_from: str) -> dict:
+    """One checksum of the files that init_from names; nothing for a start from scratch or a name that transformers knows."""
+    path = Path(init_from)
+    if init_from == "scratch" or not path.exists():
+        return {}
+    files = sorted(path.glob("*.json")) + sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return {"init_sha256": hashlib.sha256("".join(file.name + sha256_of(file) for file in files).encode()).hexdigest()}
 
 
 def read_cell(path: Path, expected: dict) -> dict | None:
@@ -198,9 +221,11 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
             raise InputError(f"--endpoint={comparison.endpoint} is for pictures: use best or last for --dataset={arms[name].dataset}")
     words = {name: place[name].name().partition(",")[0] for name in arms}
     expected = {name: fingerprint(config, data[name], words[name], comparison.evaluators) for name, config in arms.items()}
-    missing = [cell for cell in cells if read_cell(path[cell], expected[cell[0]]) is None]  # all are checked before any is run
+    there = {cell: read_cell(path[cell], expected[cell[0]]) for cell in cells}  # all are checked before any is run
+    missing = [cell for cell in cells if there[cell] is None]
     for cell in cells:
-        if comparison.save_checkpoints and cell not in missing and not (path[cell].parent / "last").is_dir():
+        made = there[cell] is not None and "diverged_at" not in there[cell]
+        if comparison.save_checkpoints and made and not (path[cell].parent / "last").is_dir():
             raise InputError(f"cell {path[cell].parent} was made without --save_checkpoints=True: choose another --out_dir or remove it")
     if rank == 0:
         done = len(cells) - len(missing)
@@ -226,6 +251,7 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
                 words = f"best {result['best_val_loss']:.4f} at step {result['best_step']}, last {result['val_loss']:.4f}, {result['seconds']:.1f} s"
             except Diverged as error:
                 result, words = {"diverged_at": error.step}, f"DIVERGED: {error}"
+                forget(comparison, path[cell].parent)
             result |= {"arm": name, "seed": cell[1], "mode": program.mode}
             write_file(path[cell], (json.dumps({"fingerprint": expected[name], "result": result}, indent=1) + "\n").encode())
             finished += 1
@@ -250,10 +276,15 @@ def examine(comparison: CompareConfig, program, directory: Path) -> dict:
     subject = evaluate.Subject(model.to(place.device), program.data, place, program.config.eval_tokens)
     wanted = {"clean": evaluate.clean} | {name: evaluate.EVALUATORS[name] for name in comparison.evaluators}
     results = evaluate.examine(subject, wanted, quiet=True)
-    if not comparison.save_checkpoints:
+    forget(comparison, directory)
+    return {"which": which, **results}
+
+
+def forget(comparison: CompareConfig, directory: Path):
+    """Removes a cell's checkpoints that were written for evaluate.py alone."""
+    if comparison.evaluators and not comparison.save_checkpoints:
         checkpoint.remove(directory / "best")
         checkpoint.remove(directory / "last")
-    return {"which": which, **results}
 
 
 def data_checksum(dataset: str) -> dict:
@@ -354,7 +385,8 @@ def robustness(both: list[tuple[dict, dict]]) -> dict:
     """Paired cells (baseline, arm) -> clean_percent, the relative change of the clean loss, and gains, 1 - delta(arm) / delta(baseline).
 
     Both are computed seed by seed and then treated like any paired difference. `mean_deltas` are those of the baseline and the arm, and `of_means`
-    is the gain from them. A perturbation that does not hurt the baseline on every seed has no gain (n = 0).
+    is the gain from them. A perturbation has no gain (n = 0) unless it hurts the baseline on every seed, by a tenth of its mean at
+    least: a ratio to something near 0 says nothing.
     """
     sections = [[cell["evaluation"] for cell in cells] for cells in zip(*both)]
     losses = [np.array([section["clean"]["loss"] for section in some]) for some in sections]
@@ -363,7 +395,7 @@ def robustness(both: list[tuple[dict, dict]]) -> dict:
     first = sections[0][0].get("perturb", {}) if both else {}
     for name in (name for name, value in first.items() if isinstance(value, dict)):
         base, arm = (np.array([section["perturb"][name]["delta"] for section in some]) for some in sections)
-        gains = (1 - arm / base).tolist() if (base > 0).all() else []
+        gains = (1 - arm / base).tolist() if base.min() > 0.1 * base.mean() > 0 else []
         entry = paired_difference([0.0] * len(gains), gains) | {"mean_deltas": [float(base.mean()), float(arm.mean())]}
         result["gains"][name] = entry | {"of_means": float(1 - arm.mean() / base.mean()) if base.mean() > 0 else None}
     return result
@@ -418,9 +450,10 @@ def robustness_tables(arms: dict, pairs: dict) -> str:
         return f"{unit * entry['mean']:+.{digits}f} %{interval}"
 
     rows = [["clean loss", "-", *(cell(pair["clean_percent"], 1, 2) for pair in pairs.values())]]
-    for name in next(iter(pairs.values()))["gains"]:
-        entries = [pair["gains"][name] for pair in pairs.values()]
-        rows.append([f"gain: {name}", f"{entries[0]['mean_deltas'][0]:+.4f}", *(cell(entry, 100, 1) for entry in entries)])
+    for name in next((pair["gains"] for pair in pairs.values() if pair["gains"]), {}):  # an arm that diverged on every seed has none
+        entries = [pair["gains"].get(name) for pair in pairs.values()]
+        delta = next(entry["mean_deltas"][0] for entry in entries if entry)
+        rows.append([f"gain: {name}", f"{delta:+.4f}", *(cell(entry, 100, 1) if entry else "-" for entry in entries)])
     text = "\n\n" + tabulate(rows, ["", "baseline's delta", *pairs], tablefmt="github", disable_numparse=True)
     text += (
         "\n\nRobustness gain = 1 − delta(arm) / delta(baseline), delta = perturbed − clean loss of the best weights; above 0 the arm is more robust."
@@ -438,7 +471,10 @@ def robustness_tables(arms: dict, pairs: dict) -> str:
 
 def draw_frontier(path: Path, pairs: dict):
     """frontier.png: robustness gain against the change of the clean loss, one point per arm with both intervals, from the report's pairs."""
-    names = [name for name in FRONTIER if all(name in pair["gains"] for pair in pairs.values())]
+    pairs = {arm: pair for arm, pair in pairs.items() if pair["gains"]}  # an arm that diverged on every seed has none
+    names = [name for name in FRONTIER if all(name in pair["gains"] for pair in pairs.values())] if pairs else []
+    if not names:
+        return
     figure, places = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.5), layout="constrained", squeeze=False)
     for place, name in zip(places[0], names):
         for arm, pair in pairs.items():
@@ -513,7 +549,8 @@ def draw_curves(path: Path, results: dict[str, list[dict]]):
 
 def draw_paired(path: Path, comparison: CompareConfig, arms: dict, pairs: dict):
     """paired.png: arm - baseline for every seed, with mean and 95 % t interval."""
-    figure, axes = plt.subplots(figsize=(max(4.5, 1.6 + 1.6 * len(pairs)), 4.5), layout="constrained")
+    longest = max(map(len, pairs))
+    figure, axes = plt.subplots(figsize=(max(4.5, 1.6 + 1.6 * len(pairs)), 4.5 if longest < 24 else 6), layout="constrained")
     for i, pair in enumerate(pairs.values()):
         entry = pair[comparison.endpoint]
         points = entry["differences"]
@@ -525,13 +562,18 @@ def draw_paired(path: Path, comparison: CompareConfig, arms: dict, pairs: dict):
             label = "mean, 95 % interval" if i == 0 else None
             axes.errorbar([i + 0.32], [entry["mean"]], yerr=error, fmt="D", color="black", capsize=5, zorder=4, label=label)
     axes.axhline(0, color="black", linewidth=1, linestyle="--")
-    axes.set_xticks(range(len(pairs)), [name.replace("_", "_\u200b") for name in pairs], rotation=0 if len(pairs) < 4 else 30)
+    axes.set_xticks(
+        range(len(pairs)),
+        [name.replace("_", "_\u200b") for name in pairs],
+        rotation=0 if longest < 24 else 20,
+        ha="center" if longest < 24 else "right",
+    )
     axes.set_xlim(-0.6, len(pairs) - 0.4)
     what, _, _, sign = ENDPOINTS[comparison.endpoint]
     axes.set_ylabel(f"{what},\narm − {next(iter(arms))} ({'above' if sign > 0 else 'below'} 0: the arm is better)")
     axes.grid(alpha=0.3, axis="y")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=2)
     save_figure(path, figure)
 
 

@@ -121,6 +121,11 @@ class TrainConfig:
     compile: bool | None = None  # torch.compile; None: on CUDA
     cuda_graph: bool | None = None  # the whole step as one CUDA graph; None: on one GPU, up to 64 k tokens a step
 
+    @property
+    def plain_attention(self) -> bool:
+        """Whether the attention is model.py's own, without anything of variants.py."""
+        return (self.head_combine, self.attention_kernel, self.diffusion_learned) == ("concat", "softmax", False)
+
     def check(self) -> "TrainConfig":
         """Cross-checks between keys. Returns self. Raises InputError with the key, its value and the way out."""
 
@@ -196,9 +201,8 @@ class TrainConfig:
         places.pop(self.prior_where, None)
         idle = [key for keys in places.values() for key in keys if key in changed]
         need(not idle, f"--{'/'.join(idle)} has no effect with --prior_where={self.prior_where}")
-        ordinary = (self.head_combine, self.attention_kernel, self.diffusion_learned) == ("concat", "softmax", False)
         need(
-            ordinary or self.prior_where == "embedding",
+            self.plain_attention or self.prior_where == "embedding",
             "--prior_where=attention needs --attention_kernel=softmax, --head_combine=concat and --diffusion_learned=False",
         )
 

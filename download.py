@@ -14,7 +14,7 @@ from urllib.parse import urljoin, urlsplit
 
 from configurator import InputError
 
-ADVICE = "fetch the file by another way and name it with --source=PATH"
+ADVICE = "fetch it by another way and run prepare.py with --source=PATH, which its --help explains"
 MAX_HOPS = 5
 CHUNK = 1 << 16  # bytes
 FIRST_PAUSE = 0.5  # seconds before the second attempt; each later pause is twice as long

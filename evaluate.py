@@ -27,6 +27,7 @@ class EvaluateConfig:
 
     out_dir: str = "out"  # directory of a run, or a checkpoint in it
     which: str = "best"  # the run's checkpoint: best or last
+    overwrite: bool = False  # replace a report of another checkpoint, or of other windows or perturbations
     perturb: bool = False  # noise on embeddings, faults in the text or the pictures, gradient attacks
     margins: bool = False  # stability margins of the model's own attention, and its support tokens
     probe: str = ""  # unrolled: attention and representations against the theory of graph diffusion, by layer and head (probe.py); empty: off
@@ -396,11 +397,16 @@ def all_margins(subject: Subject) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.concatenate(parts)[windows], np.concatenate(signs)[windows], kept[windows]
 
 
-def margins(subject: Subject) -> Iterator[tuple[str, object]]:
-    """Quantiles and histogram of the margins by layer, and of their sums over layers and heads; for text the support tokens and a passage."""
+def check_margins(subject: Subject):
+    """Raises InputError for a model with another attention than that of the margins' formula."""
     if not plain_attention(config := subject.model.config):
         keys = ("attention_kernel", "head_combine", "diffusion_learned")
-        raise InputError(f"the margins' formula is not that of {', '.join(f'{key}={getattr(config, key)}' for key in keys)}")
+        raise InputError(f"the margins' formula is not that of {', '.join(f'{key}={getattr(config, key)}' for key in keys)}: leave --margins out")
+
+
+def margins(subject: Subject) -> Iterator[tuple[str, object]]:
+    """Quantiles and histogram of the margins by layer, and of their sums over layers and heads; for text the support tokens and a passage."""
+    check_margins(subject)
     values, negative, read = all_margins(subject)
     windows, layers, heads, T = values.shape
     total = values.sum(axis=(1, 2))  # (windows, T)
@@ -507,7 +513,12 @@ def examine(subject: Subject, evaluators: dict[str, Callable], quiet: bool = Fal
     bar = tqdm(evaluators.items(), disable=quiet or not sys.stderr.isatty(), leave=False)
     for section, evaluator in bar:
         bar.set_description(section)
-        results[section] = dict(evaluator(subject))
+        if not quiet and not sys.stderr.isatty():
+            say(f"{section} ...")
+        results[section] = {}
+        for name, value in evaluator(subject):
+            results[section][name] = value
+            bar.set_postfix_str(name[:40])
     return results
 
 
@@ -560,6 +571,22 @@ def table(results: dict[str, dict]) -> str:
     return text + ("\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else "")
 
 
+def earlier_sections(path: Path, now: dict, overwrite: bool) -> dict:
+    """What an earlier call measured of the same checkpoint in the same way, to be kept. Raises InputError for a report of something else."""
+    if overwrite or not path.is_file():
+        return {}
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        same = (report["checkpoint"]["sha256"], report["measured"]) == (now["checkpoint"]["sha256"], now["measured"])
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise InputError(
+            f"{path} is of another checkpoint, other windows or another seed: --overwrite=True replaces it, --out names another directory"
+        )
+    return {section: values for section, values in report.items() if section not in now}
+
+
 def main(config: EvaluateConfig):
     """Examines one checkpoint, prints the table and writes report.json. Raises InputError."""
     run, which = Path(config.out_dir), config.which
@@ -572,11 +599,15 @@ def main(config: EvaluateConfig):
     except OSError as error:
         raise InputError(f"cannot write in {out}: {error.strerror}; name another directory with --out") from None
     evaluators = {"clean": clean} | {name: EVALUATORS[name] for name in EVALUATORS if getattr(config, name)}
-    results = examine(subject, evaluators)
+    if config.margins:
+        check_margins(subject)
     checkpoint = {"out_dir": config.out_dir, "which": config.which, "step": meta["step"], "sha256": meta["sha256"], "model": meta["model"]}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "device": subject.place.name(), "dtype": str(subject.place.dtype)}
     measured = {"windows": f"--eval_tokens={config.eval_tokens}", "seed": config.seed, "data_sha256": subject.data.checksum["val"]}
-    report = {"checkpoint": checkpoint, "measured": measured, "versions": versions, **results}
+    report = {"checkpoint": checkpoint, "measured": measured, "versions": versions}
+    report |= earlier_sections(out / "report.json", report, config.overwrite)
+    results = examine(subject, evaluators)
+    report |= results
     write_file(out / "report.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     files = ["report.json"]
     if config.margins:

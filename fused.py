@@ -456,20 +456,17 @@ class Attention(CausalSelfAttention):
 class Block(model.Block):
     """A block that leaves its last addition to the next one, where it is one pass with the LayerNorm that follows."""
 
-    def forward(self, x, branch=None, kept=(None, None), scale=1.0, taps=None):
-        """x + branch is the stream that enters; returns such a pair. `kept`: dropout's masks for that branch and for the attention's. With a
-        KVCache in place of `branch`, the model's own forward."""
-        if isinstance(branch, model.KVCache):
-            return super().forward(x, branch)
+    def forward(self, x, branch=None, kept=None, kept_of_attention=None, scale=1.0, taps=None):
+        """x + branch is the stream that enters; returns such a pair. `kept` are dropout's masks, for that branch and for the attention's."""
         if branch is None:
             y = self.ln_1(x)
         else:
-            x, y = _AddNorm.apply(x, branch, kept[0], scale, self.ln_1.weight, self.ln_1.bias, False)
+            x, y = _AddNorm.apply(x, branch, kept, scale, self.ln_1.weight, self.ln_1.bias, False)
         if isinstance(self.attn, Attention):
             branch = self.attn.branch(y, taps)
         else:  # a variant does its own dropout
-            branch, kept = self.attn(y, None, taps), (None, None)
-        x, y = _AddNorm.apply(x, branch, kept[1], scale, self.ln_2.weight, self.ln_2.bias, False)
+            branch, kept_of_attention = self.attn(y, None, taps), None
+        x, y = _AddNorm.apply(x, branch, kept_of_attention, scale, self.ln_2.weight, self.ln_2.bias, False)
         return x, self.mlp.c_proj(self.mlp.gelu(self.mlp.c_fc(y)))
 
 
@@ -477,14 +474,17 @@ class _Body:
     """Network.body by those blocks."""
 
     def body(self, x, cache=None, taps=None):
-        if cache is not None:
-            return super().body(x, cache, taps)
         blocks, p, ln = self.transformer.h, self.config.dropout if self.training else 0.0, self.transformer.ln_f
-        kept = keep(x.detach(), p, 2 * len(blocks)) if p else [None] * (2 * len(blocks))
-        branch = None
-        for i, block in enumerate(blocks):
-            x, branch = block(x, branch, (kept[2 * i - 1], kept[2 * i]), 1 / (1 - p), taps)
-        return _AddNorm.apply(x, branch, kept[-1], 1 / (1 - p), ln.weight, ln.bias, True)[1]
+        if cache is not None:  # decoding, one token at a time: the model's own way
+            for block in blocks:
+                x = model.Block.forward(block, x, cache, taps)
+            return ln(x)
+        masks = iter(keep(x.detach(), p, 2 * len(blocks)).unbind() if p else [None] * (2 * len(blocks)))
+        branch = kept = None
+        for block in blocks:
+            x, branch = block(x, branch, kept, next(masks), 1 / (1 - p), taps)
+            kept = next(masks)
+        return _AddNorm.apply(x, branch, kept, 1 / (1 - p), ln.weight, ln.bias, True)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -502,7 +502,8 @@ def _cross_entropy(logits_ptr, targets_ptr, losses_ptr, stride, V: tl.constexpr,
         column = start + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + column, mask=column < V, other=float("-inf")).to(tl.float32)
         new = tl.maximum(largest, tl.max(z, axis=0))
-        total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new), axis=0)
+        shift = tl.where(new == float("-inf"), 0.0, new)  # a block of nothing but -inf adds nothing
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift), axis=0)
         largest = new
     log_sum = largest + tl.log(total)
     counts = target >= 0

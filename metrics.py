@@ -44,7 +44,8 @@ class Metrics:
                 pass
             taken = path.stat().st_size > 0 or any((out_dir / name / "checkpoint.json").exists() for name in ("last", "best"))
             if taken and resume_at is None and not overwrite:
-                raise InputError(f"--out_dir={out_dir} holds a run: --init_from=resume continues it, --overwrite=True replaces it, or choose another")
+                resumable = "" if not (self.path.parent / "last").is_dir() else "--init_from=resume continues it, "
+                raise InputError(f"--out_dir={out_dir} holds a run: {resumable}--overwrite=True replaces it, or choose another")
             self.wandb = None
             if wandb_options is not None:
                 try:

@@ -1,4 +1,5 @@
-"""A GPT-2 and a vision transformer whose attention can be graph diffusion, in one flat file that imports nothing of the project.
+"""A GPT-2 and a vision transformer whose attention can be graph diffusion, in one flat file that imports nothing of the project
+(but variants.py, when a key asks for it).
 
     y = A v                        the ordinary transformer (diffusion = False)
     y = lambda (A v - alpha v)     graph diffusion (diffusion = True); alpha = lambda = 1 is the A - I of arXiv 2507.21040

@@ -20,8 +20,10 @@ def distribute(model, kind: str, place, rows: int, compiled: bool):
         return model
     if rows < place.world:
         raise InputError(f"the global batch of {rows} sequences is too small for {place.world} processes: raise --gradient_accumulation_steps")
-    for block in model.transformer.h if compiled else ():
-        block.compile(dynamic=False)
+    if compiled:  # one function for all blocks, of which layers with other keys are other variants
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(model.transformer.h))
+        for block in model.transformer.h:
+            block.compile(dynamic=False)
     if kind == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     from torch.distributed.fsdp import fully_shard

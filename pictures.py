@@ -216,6 +216,7 @@ def reduce_picture(path: Path, side: int = 16):
     from PIL import Image, UnidentifiedImageError
 
     digest = ""
+    Image.init()  # PIL knows its formats only then
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_FILE + 1)

@@ -1,6 +1,7 @@
 """Where a run runs: process, device, precision, and what the device could do at best."""
 
 import os
+import re
 import sys
 import time
 from datetime import timedelta
@@ -14,6 +15,7 @@ from configurator import InputError
 
 # Dense bf16 peak in FLOP/s by a part of the device's name, from the vendors' data sheets. MFU is left out where the device is not listed.
 PEAK_FLOPS = {
+    "H100 NVL": 835e12,
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
     "A10G": 70e12, "A10": 125e12, "V100": 125e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
@@ -60,7 +62,7 @@ def find_place(device: str, dtype: str, distributed: bool = True) -> Place:
         found = torch.device(kind, number)
         torch.cuda.set_device(found)
         torch.set_float32_matmul_precision("high")
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in torch.cuda.get_device_name(found)), None)
+        peak = next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", torch.cuda.get_device_name(found))), None)
     if dtype == "auto":
         dtype = "float32" if kind == "cpu" else "float16" if kind == "cuda" and not torch.cuda.is_bf16_supported() else "bfloat16"
     if dtype == "float16" and kind != "cuda":

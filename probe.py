@@ -14,7 +14,7 @@ attention reads:
     diagonal         mean of A_ii
     dirichlet_in     tr(X^T L X) / tr(X^T X) with L = I - A, X the tokens before the block, normalised without gain: 0 is smooth on the head's graph
     dirichlet_out    the same graph, the tokens after the block: less than before means that the block smooths
-    alpha            of a diffusing head, A - alpha I: where it is with diffusion_learned
+    alpha            of a diffusing head, A - alpha I, with diffusion_learned alone
 
 and per layer (0 is what enters the first block): cosine and cosine_average of the whole sub-layer's update, with the mean of the heads' A, and
 
@@ -163,8 +163,8 @@ def probe(model, batches: Iterable, sequences: int = SEQUENCES) -> Iterator[tupl
             yield f"layer {layer + 1 if name == 'effective_rank' else layer} {name}", float(layers[layer, i])
         attn = blocks[layer].attn
         for head in range(heads.size(2)):
-            if (diffusing := head - attn.n_head + attn.diffusing_heads) >= 0:
-                yield f"layer {layer} head {head} alpha", float(attn.alpha[diffusing] if isinstance(attn.alpha, torch.Tensor) else attn.alpha)
+            if isinstance(attn.alpha, torch.Tensor) and (diffusing := head - attn.n_head + attn.diffusing_heads) >= 0:
+                yield f"layer {layer} head {head} alpha", float(attn.alpha[diffusing])
             for i, name in enumerate(HEAD):
                 yield f"layer {layer} head {head} {name}", float(heads[layer, i, head])
 
@@ -189,11 +189,19 @@ def start_record(out_dir: Path, resume_at: int | None) -> int:
     return rows[-1]["step"] if rows else -1
 
 
-def record(out_dir: Path, step: int, model, data):
-    """Appends one row: the probe on SEQUENCES sequences of the validation set, the same ones each time."""
-    values = {name: None if math.isnan(value) else value for name, value in probe(model, validation_sequences(data))}
-    with open(Path(out_dir) / "probe.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "values": values}) + "\n")
+def measure(model, data) -> dict[str, float | None]:
+    """The probe on SEQUENCES sequences of the validation set, the same ones each time."""
+    return {name: None if math.isnan(value) else value for name, value in probe(model, validation_sequences(data))}
+
+
+def append(out_dir: Path, step: int, values: dict):
+    """Appends one row. Raises InputError when it cannot."""
+    path = Path(out_dir) / "probe.jsonl"
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "values": values}) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def read_record(out_dir: Path) -> list[dict]:

@@ -210,7 +210,7 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
         for examples, micro_batch in zip(drawn, micro_batches):
             examples.copy_(torch.from_numpy(batch[micro_batch]))
         key = np.random.SeedSequence([seed, DROPOUT_STREAM, i, place.rank]).generate_state(1, np.uint64)[0]
-        torch.manual_seed(int(key >> 1))  # the global generators serve dropout alone
+        torch.manual_seed(int(key >> 1))  # the global generators serve dropout, and with the keys of prior.py what is drawn there, first
         set_learning_rate(optimizer, learning_rate(config, i))
         if extra:
             objective.set_step(i)
@@ -271,9 +271,12 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
         if meta["step"] >= config.max_iters and meta["evaluated"] == meta["step"] and program.place.rank == 0 and not config.eval_only:
             say(f"note: nothing to do, {last} is at step {meta['step']} of --max_iters={config.max_iters}: raise it")
         checkpoint.load_into(last, meta, model, program.optimizer, program.prior)
-        program.scaler.load_state_dict(meta["scaler"])
+        if meta["scaler"]:  # empty when the run so far was not in float16
+            program.scaler.load_state_dict(meta["scaler"])
         return meta["step"], meta
     reset(program.optimizer)
+    if program.scaler.is_enabled():  # as it was made: another seed may have changed it
+        program.scaler.load_state_dict(torch.amp.GradScaler(program.place.device.type).state_dict())
     weights = program.weights
     if weights is None:
         fresh = type(model)(model.config, seed)  # on the CPU, so that a sharded model gets the same weights
@@ -319,7 +322,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
     if main and not config.eval_only:
         wandb = {"project": config.wandb_project, "name": config.wandb_run_name or str(out_dir), "config": dataclasses.asdict(config)}
         metrics = Metrics(out_dir, step if resumed else None, config.overwrite, wandb if config.wandb_log else None)
-        if config.probe_interval:
+        if config.probe_interval or (resumed and (out_dir / "probe.jsonl").exists()):
             import probe
 
             probed = probe.start_record(out_dir, step if resumed else None)
@@ -357,6 +360,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
     try:
         while True:
             at_eval = step % config.eval_interval == 0 or step == config.max_iters
+            at_probe = config.probe_interval > 0 and (step % config.probe_interval == 0 or step == config.max_iters)
             at_log = step % config.log_interval == 0 or at_eval
             stop = signals.caught[:1]
             if place.world > 1 and at_log:  # all processes leave at the same step
@@ -392,7 +396,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
 
             if stop and (step < config.max_iters or signals.broken_off):  # an evaluation that is due is made up for after resuming
                 write("last")
-                saved = f", saved in {out_dir / 'last'}; --init_from=resume continues" if save else ""
+                saved = f", saved in {out_dir / 'last'}; --init_from=resume continues" if save and not config.eval_only else ""
                 raise Interrupted(stop[0], f"stopped at step {step}{saved}")
             if config.eval_only or (at_eval and progress["evaluated"] != step):
                 found = signals.attempt(program.evaluate)
@@ -413,10 +417,12 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                     write("best")
                 if step > 0 and (config.always_save_checkpoint or step == config.max_iters):
                     write("last")
-            if config.probe_interval and metrics and step > probed and (step % config.probe_interval == 0 or step == config.max_iters):
-                losses.tolist()  # waits for the device, so that `since` can leave out the probe's time alone
+            if at_probe and metrics and step > probed and bool(torch.isfinite(losses[:unread]).all()):  # else the next log line ends the run
                 paused = time.perf_counter()
-                probe.record(out_dir, step, model, program.data)
+                found = signals.attempt(probe.measure, model, program.data)
+                if found is None:
+                    continue
+                probe.append(out_dir, step, found)
                 since += time.perf_counter() - paused
             if step >= config.max_iters or config.eval_only:
                 break
@@ -469,7 +475,14 @@ def run(config: TrainConfig, place: Place) -> int:
         arm = "A" if not config.diffusion else "A - I" if plain else f"{config.diffusion_lambda:g} (A - {config.diffusion_alpha:g} I)"
         arm += f", barrier {config.prior_lambda:g} x {config.prior_form} ({config.prior_where})" if config.prior_lambda else ""
         say(f"{program.model.num_params() / 1e6:.2f} M parameters, arm {arm}; {place.name()} x {place.world}, {place.dtype}, {program.mode}")
-        warn_if_long(program.model.flops_per_token() * config.max_iters * program.tokens, place)
+        if not config.eval_only:
+            warn_if_long(program.model.flops_per_token() * config.max_iters * program.tokens, place)
+        written = getattr(program.data, "tokenizer", {})
+        if program.weights is not None and written.get("type") == "char" and program.config.vocab_size > 2 * program.data.vocab_size:
+            say(
+                f"note: {config.init_from} has {program.config.vocab_size} tokens, --dataset={config.dataset} {program.data.vocab_size} characters: "
+                "the same numbers mean other things, so the token table starts from nonsense"
+            )
     status = 0
     try:
         result = train(program, config.seed, Path(config.out_dir))

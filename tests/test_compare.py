@@ -621,3 +621,43 @@ def test_pictures_of_which_nothing_is_left_are_reported():
     comparison = CompareConfig(seeds=2, endpoint="top1")
     arms, pairs = analyse(comparison, {name: [cell(1, None), cell(2, None)] for name in ("base", "arm")})
     assert "0 pair(s)" in pairs["arm"]["verdict"] and "(+ 2 diverged)" in tables(comparison, arms, pairs)
+
+
+def test_an_arm_that_diverges_on_every_seed_leaves_a_report_of_the_evaluation(tmp_path):
+    """Also when it is the only arm besides the baseline."""
+    evaluation = {"clean": {"loss": 2.0}, "perturb": {name: {"delta": 0.5, "loss": 2.5} for name in compare.FRONTIER}}
+    whole = [{"seed": seed, "evaluation": evaluation | {"clean": {"loss": 2.0 + seed / 10}}} for seed in (1, 2)]
+    assert compare.robustness([])["gains"] == {}
+    pairs = {"lost": compare.robustness([]), "whole": compare.robustness(list(zip(whole, whole)))}
+    text = compare.robustness_tables({}, pairs)
+    assert "| gain: noise 1 RMS" in text and "| - " in text
+    compare.draw_frontier(tmp_path / "frontier.png", pairs)
+    assert (tmp_path / "frontier.png").is_file()
+    compare.draw_frontier(tmp_path / "none.png", {"lost": compare.robustness([])})
+    assert not (tmp_path / "none.png").exists() and compare.robustness_tables({}, {"lost": compare.robustness([])})
+
+
+def test_a_perturbation_that_hardly_hurts_the_baseline_has_no_gain():
+    def cells(deltas):
+        return [{"evaluation": {"clean": {"loss": 2.0 + i / 10}, "perturb": {"noise": {"delta": d}}}} for i, d in enumerate(deltas)]
+
+    found = compare.robustness(list(zip(cells([0.5, 0.6, 0.55]), cells([0.25, 0.3, 0.275]))))["gains"]["noise"]
+    assert found["mean"] == pytest.approx(0.5) and found["n"] == 3
+    for deltas in ([0.5, 0.6, -0.01], [0.9, 0.01, 0.02]):  # not on every seed; hardly on two
+        assert compare.robustness(list(zip(cells(deltas), cells([0.1, 0.1, 0.1]))))["gains"]["noise"]["n"] == 0
+
+
+def test_margins_of_a_variant_are_refused_before_any_run():
+    with pytest.raises(InputError, match="--evaluate=margins is for attention_kernel=softmax"):
+        parse(["config/quick.py", "config/quick.py --attention_kernel=rbf", "--evaluate=margins"])
+
+
+def test_given_weights_are_part_of_the_fingerprint(tmp_path):
+    file = tmp_path / "ckpt.pt"
+    file.write_bytes(b"one")
+    first = compare.given_weights(str(file))
+    file.write_bytes(b"two")
+    assert compare.given_weights(str(file)) != first and first["init_sha256"]
+    (tmp_path / "checkpoint.json").write_text("{}")
+    assert compare.given_weights(str(tmp_path)) != compare.given_weights(str(file))
+    assert compare.given_weights("scratch") == compare.given_weights("gpt2") == {}

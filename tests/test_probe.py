@@ -18,7 +18,7 @@ from dataset import Tokens
 from model import GPT, ViT
 from tests.test_train import ROOT, build, equal, losses, run, tensors, tiny
 from tests.test_variants import ALL, ARMS, gpt, plain_matrix, vit
-from train import Interrupted, train
+from train import Diverged, Interrupted, train
 
 IDS = torch.randint(19, (3, 12), generator=torch.Generator().manual_seed(2))
 PICTURES = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -240,3 +240,24 @@ def test_bad_input_is_one_line(args, words):
 def test_a_negative_interval_is_refused(tokens_dir, tmp_path):
     with pytest.raises(InputError, match="--probe_interval=-1 must not be negative"):
         tiny(tokens_dir, tmp_path, probe_interval=-1)
+
+
+def test_a_run_that_diverges_before_it_is_probed_is_told_as_such(tokens_dir, tmp_path, monkeypatch):
+    program = build(tiny(tokens_dir, tmp_path, max_iters=20, eval_interval=20, log_interval=10, probe_interval=5))
+    step = program.step
+
+    def broken(seed, i):
+        loss, norm = step(seed, i)
+        if i == 1:
+            with torch.no_grad():
+                next(program.model.parameters()).fill_(math.nan)
+        return loss, norm
+
+    with pytest.raises(Diverged, match="step 3: loss nan"):
+        train(program._replace(step=broken), 1, tmp_path, quiet=True)
+
+
+def test_a_full_disk_under_the_record_is_one_line(tmp_path):
+    (tmp_path / "probe.jsonl").mkdir()
+    with pytest.raises(InputError, match="probe.jsonl: Is a directory"):
+        probe.append(tmp_path, 1, {})
