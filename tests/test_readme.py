@@ -61,3 +61,24 @@ def test_the_numbers_of_the_initial_weights_are_the_committed_report():
         assert f"{sum(unrolled) / 3:.4f} against {sum(plain) / 3:.4f}" in README
         for value in ((sum(unrolled) - sum(plain)) / 3, *difference):
             assert f"{value:.3f}".replace("-", "−") in README
+
+
+def test_the_speed_table_is_the_committed_benchmarks():
+    row = next(line for line in README.splitlines() if line.startswith("| a step of `quick`"))
+    found = {}
+    for file in ("cpu_quick", "cpu_sample_shakespeare_char", "cpu_sample_gpt2", "cpu_startup"):
+        rows = json.loads((ROOT / "results" / "bench" / f"{file}.json").read_text())["rows"]
+        found[file] = {entry["arm"]: f"{entry['ms']['median']:.1f}" for entry in rows}
+    quick, text, gpt2, start = found.values()
+    assert (
+        row
+        == f"| a step of `quick`, float32 | {quick['plain']} | {quick['A']} | {quick['A-I']} | A in bf16 {quick['A-bf16']}, with the log-barrier {quick['A+prior']} |"
+    )
+    assert f"| a character from the 10.65 M model | {text['A, no cache']} | {text['A']} | {text['A-I']} | |" in README
+    assert f"| a token from GPT-2 124M | {gpt2['A, no cache']} | {gpt2['A']} | | transformers with its cache {gpt2['A, transformers']} |" in README
+    assert f"to its first iteration | | {start['first iteration']} | | `--help` {start['--help']} |" in README
+
+
+def test_the_quick_recipes_difference_is_the_committed_report():
+    pair = json.loads((ROOT / "results" / "weight_init_quick" / "report.json").read_text())["pairs"]["quick_laplacian"]["best"]
+    assert "behind by {:.4f} ({:.4f} to {:.4f}, three seeds".format(pair["mean"], *pair["interval"]) in README
