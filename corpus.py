@@ -856,7 +856,7 @@ def decoded(name: str, content: bytes) -> str:
     if "\0" in text:
         raise InputError(f"{name} is not text (a zero at character {text.index(chr(0))})")
     if len(text) < 2:
-        raise InputError(f"{name} has {len(text)} characters: too short")
+        raise InputError(f"{name} has {len(text)} characters, it needs 2 at least")
     return text
 
 
@@ -938,7 +938,9 @@ def _write_corpus(source, directory: Path, folder: Path, num_proc: int, make_enc
     if documents < 2 or documents > MAX_DOCUMENTS:
         why = "; ".join(f"{entry['documents']:,} left out: {reason}" for reason, entry in skipped.items())
         limits = f"it must be 2 to {MAX_DOCUMENTS:,}"
-        raise InputError(f"the source has {documents:,} documents, {limits}{f' ({why})' if why else ''}")
+        raise InputError(
+            f"--source has {documents:,} document{'s' * (documents != 1)}, {limits}{f' ({why})' if why else ''}: name other or more files"
+        )
 
     # ---- split and order
     validation = math.ceil(VAL_FRACTION * documents)

@@ -13,6 +13,7 @@ number of processes cuts the same global batch into its own rows.
 
 import contextlib
 import fcntl
+import filecmp
 import hashlib
 import json
 import os
@@ -104,9 +105,12 @@ def replace_files(folder: Path, directory: Path, names: list[str] | tuple[str, .
     for name in names:
         if (directory / name).is_dir():
             raise InputError(f"{directory / name} is a directory: move it away")
+    other = (directory / "meta.json").is_file() and not filecmp.cmp(directory / "meta.json", folder / "meta.json", shallow=False)
     (directory / "meta.json").unlink(missing_ok=True)
     for name in names:
         os.replace(folder / name, directory / name)
+    if other:
+        print(f"note: another data set was in {directory}, which this one has replaced", file=sys.stderr)
 
 
 def write_tokens(directory: Path, train: np.ndarray, val: np.ndarray, meta: dict):

@@ -414,3 +414,19 @@ def test_gpt2_without_its_vocabulary_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", Unreachable)
     with pytest.raises(InputError, match="ConnectionError.*TIKTOKEN_CACHE_DIR"):
         Tokenizer({"type": "gpt2"})
+
+
+def test_replacing_another_data_set_is_told(tmp_path, capsys):
+    from dataset import replace_files
+
+    def put(text):
+        folder = tmp_path / text
+        folder.mkdir()
+        for name in ("train.bin", "meta.json"):
+            (folder / name).write_text(text)
+        replace_files(folder, tmp_path / "data", ("train.bin", "meta.json"))
+        return capsys.readouterr().err
+
+    (tmp_path / "data").mkdir()
+    assert put("one") == ""
+    assert put("two") == f"note: another data set was in {tmp_path / 'data'}, which this one has replaced\n"

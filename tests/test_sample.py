@@ -469,3 +469,22 @@ def test_a_closed_pipe_ends_it_without_a_word(run_dir, tmp_path):
     process.stdout.close()
     assert process.wait(timeout=20) == 128 + signal.SIGPIPE
     assert process.stderr.read() == ""
+
+
+def test_a_fresh_process_knows_the_formats_of_pictures(tmp_path):
+    """PIL knows none before it is initialised, which a test that has saved a picture would not notice."""
+    Image.new("RGB", (20, 30), (200, 10, 10)).save(tmp_path / "red.png")
+    code = (
+        "import sys; from pathlib import Path; from pictures import reduce_picture; print(reduce_picture(Path(sys.argv[1]), 4)[0].mean(axis=(1, 2)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "red.png")], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[200.", "10.", "10.]"]
+
+
+def test_more_validation_pictures_than_there_are(tmp_path):
+    from classify import read_pictures
+
+    np.zeros((3, 3, 4, 4), dtype=np.uint8).tofile(tmp_path / "val.bin")
+    np.zeros(3, dtype="<u2").tofile(tmp_path / "val_labels.bin")
+    meta = {"tokenizer": {"class_names": ["cat"], "shape": [3, 4, 4]}, "config": {"dataset": str(tmp_path)}}
+    assert len(read_pictures("", 10**12, meta)[0]) == 3

@@ -488,7 +488,7 @@ def test_bad_paths(tmp_path):
     assert "does not exist" in refuse(write, tmp_path / "nothing.jsonl", out)
     assert "holds no file of the kinds" in refuse(write, tmp_path / "folder", out)
     assert "a.csv is none of" in refuse(write, tmp_path / "folder" / "a.csv", out)
-    assert "has 1 documents, it must be 2" in refuse(write, tmp_path / "one.jsonl", out)
+    assert "has 1 document, it must be 2" in refuse(write, tmp_path / "one.jsonl", out)
     (tmp_path / "bad.jsonl").write_text("no\nno\n")
     assert "0 documents" in refuse(write, tmp_path / "bad.jsonl", out) and not out.exists()
     assert "(2 left out: not JSON)" in refuse(write, tmp_path / "bad.jsonl", out)

@@ -573,6 +573,8 @@ def find_layout(source: str, classes: str):
     if not path.exists() and "," in source:
         paths = [Path(part.strip()) for part in source.split(",") if part.strip()]
         return partial(from_batches, paths, None, find_batches(paths, None), classes)
+    if path.name in NPZ and path.is_file():
+        raise InputError(f"--source={shown(source)} is one file of several: name its folder, with {', '.join(NPZ)}")
     if path.is_file():
         return partial(from_batches, [path], None, find_batches([path], None), classes)
     if not path.is_dir():
@@ -590,6 +592,9 @@ def find_layout(source: str, classes: str):
         return partial(from_npz, path, classes)
     if (path / "train").is_dir() and (path / "val").is_dir():
         return partial(from_pictures, path, find_pictures(path))
+    for name, other in (("train", "val"), ("val", "train")):
+        if (path / name).is_dir():
+            raise InputError(f"{shown(path)} has {name}/ and lacks {other}/: pictures are read from train/CLASS/* and val/CLASS/*")
     raise InputError(
         f"{shown(path)} has none of the layouts: train_data_batch_1 ... 10 and val_data, {' and '.join(ARCHIVES)}, {', '.join(NPZ)}, "
         "or train/CLASS/* and val/CLASS/*"
