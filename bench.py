@@ -424,7 +424,7 @@ def main(bench: BenchConfig):
             print(f"\n{row['arm']}\n{row['profile']}")
     if bench.out:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "device": place.name(), "dtype": str(place.dtype)}
-        figures = {"bench": dataclasses.asdict(bench), "versions": versions, "rows": rows}
+        figures = {"bench": {key: value for key, value in dataclasses.asdict(bench).items() if key != "out"}, "versions": versions, "rows": rows}
         write_file(Path(bench.out), (json.dumps(figures, indent=1) + "\n").encode())
 
 
