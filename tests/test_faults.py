@@ -168,7 +168,20 @@ class Scale:
     def state_dict(self):
         return {}
 
-    load_state_dict = None
+    def load_state_dict(self, state):
+        assert state["scale"] == 2.0**16  # a new run starts as a new scaler does
+
+
+def test_a_new_seed_starts_with_a_new_float16_scale_and_another_precision_with_its_own(data, tmp_path):
+    program = built(config_of(data, tmp_path))._replace(scaler=torch.amp.GradScaler("cpu"))
+    fresh = program.scaler.state_dict()
+    program.scaler.load_state_dict(fresh | {"scale": 8.0, "_growth_tracker": 6})
+    train.start_state(program, 2, tmp_path)
+    assert program.scaler.state_dict() == fresh
+    plain = built(config_of(data, tmp_path))
+    train.train(plain, 1, tmp_path, quiet=True)  # float32: its checkpoint has no scale
+    train.start_state(built(config_of(data, tmp_path, init_from="resume"))._replace(scaler=program.scaler), 1, tmp_path)
+    assert program.scaler.state_dict() == fresh
 
 
 def test_a_float16_scale_that_underflows_is_reported_and_stops(data, tmp_path, capsys):
