@@ -30,6 +30,7 @@ from configurator import InputError, TrainConfig
 ROOT = Path(__file__).resolve().parent
 DATA_STREAM = 1  # SeedSequence keys (seed, stream, step): train.py's dropout is stream 2
 HASH_AT_LOAD = 1 << 30  # bytes; larger .bin files are checked by size alone, hashing 18 GB would hold up the start (their token ids: see Tokens)
+REPLACED = ".meta.json.tmp"  # meta.json of a data set that is being replaced
 SCAN = 1 << 26  # tokens that are looked at together
 
 
@@ -100,15 +101,18 @@ def staging(directory: Path):
 def replace_files(folder: Path, directory: Path, names: list[str] | tuple[str, ...]):
     """Moves the complete files of a data set from `folder` into `directory`; meta.json is the last of `names`. Raises InputError and OSError.
 
-    meta.json, without which there is no data set, goes first and comes back last: a mixture of old and new files is never taken for one.
+    meta.json, without which there is no data set, goes first and comes back last: a mixture of old and new files is never taken for one. Until then
+    the old one is REPLACED, so that whoever is killed on the way can still be told whose the other files are.
     """
     for name in names:
         if (directory / name).is_dir():
             raise InputError(f"{directory / name} is a directory: move it away")
     other = (directory / "meta.json").is_file() and not filecmp.cmp(directory / "meta.json", folder / "meta.json", shallow=False)
-    (directory / "meta.json").unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(directory / "meta.json", directory / REPLACED)
     for name in names:
         os.replace(folder / name, directory / name)
+    (directory / REPLACED).unlink(missing_ok=True)
     if other:
         print(f"note: another data set was in {directory}, which this one has replaced", file=sys.stderr)
 

@@ -364,7 +364,10 @@ def test_failed_write_leaves_the_old_data_set(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(os, "replace", breaks_at_val)
     assert "Input/output error" in refused(capsys, f"--source={new}", f"--out_dir={out}")
-    assert set(files_in(out)) == FILES - {"meta.json"}
+    assert set(files_in(out)) == FILES - {"meta.json"} | {dataset.REPLACED}
+    monkeypatch.setattr(os, "replace", replace)
+    run(f"--source={new}", f"--out_dir={out}")
+    assert set(files_in(out)) == FILES
 
 
 PLAY = """\
@@ -529,3 +532,20 @@ def test_help_loads_neither_numpy_nor_requests():
     done = subprocess.run([sys.executable, "-c", code, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--source" in done.stdout
     assert not {"numpy", "requests", "tqdm", "torch"} & set(done.stdout.splitlines())
+
+
+def test_a_preparation_killed_while_files_are_replaced_can_be_repeated(tmp_path):
+    """Between the old meta.json's going and the new text's coming the old text must not be taken for the user's own."""
+    import dataset
+
+    texts = [tmp_path / "old.txt", tmp_path / "new.txt"]
+    for text, letter in zip(texts, "ab"):
+        text.write_text(f"{letter}bc defghij\n" * 40)
+    out = tmp_path / "data"
+    command = [sys.executable, str(ROOT / "data" / "shakespeare_char" / "prepare.py"), f"--out_dir={out}"]
+    subprocess.run([*command, f"--source={texts[0]}"], check=True, capture_output=True)
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    os.replace(out / "meta.json", out / dataset.REPLACED)  # as a kill after the first rename leaves it
+    done = subprocess.run([*command, f"--source={texts[1]}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir()} == whole.keys() and (out / "input.txt").read_bytes() == texts[1].read_bytes()

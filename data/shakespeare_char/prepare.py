@@ -24,6 +24,7 @@ history play is in it.
 input.txt is always the text of the other files; a text of your own there is not replaced without asking (see check_kept).
 """
 
+import contextlib
 import hashlib
 import html
 import json
@@ -270,6 +271,8 @@ def get_content(source: str, directory: Path) -> tuple[bytes, str]:
 
 def check_kept(directory: Path, new_sha256: str):
     """Raises InputError when input.txt holds a text that this script did not put there and that would be replaced."""
+    from dataset import REPLACED
+
     kept = directory / "input.txt"
     if not kept.exists():
         return
@@ -277,11 +280,11 @@ def check_kept(directory: Path, new_sha256: str):
         found = hashlib.sha256(kept.read_bytes()).hexdigest()
     except OSError as error:
         raise InputError(f"{kept} cannot be read ({error.strerror or error}): move it away") from None
-    try:
-        before = json.loads((directory / "meta.json").read_text())["source_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        before = None
-    if found not in (new_sha256, before, *KNOWN):
+    ours = {new_sha256, *KNOWN}
+    for name in ("meta.json", REPLACED):  # the second after a kill
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            ours.add(json.loads((directory / name).read_text())["source_sha256"])
+    if found not in ours:
         raise InputError(f"{kept} is a text of your own that would be replaced: use it with --source=auto, or move it away")
 
 
