@@ -109,7 +109,7 @@ def replace_files(folder: Path, directory: Path, names: list[str] | tuple[str, .
             raise InputError(f"{directory / name} is a directory: move it away")
     other = (directory / "meta.json").is_file() and not filecmp.cmp(directory / "meta.json", folder / "meta.json", shallow=False)
     with contextlib.suppress(FileNotFoundError):
-        os.replace(directory / "meta.json", directory / REPLACED)
+        os.rename(directory / "meta.json", directory / REPLACED)
     for name in names:
         os.replace(folder / name, directory / name)
     (directory / REPLACED).unlink(missing_ok=True)
