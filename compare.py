@@ -153,6 +153,7 @@ def code_sha256() -> str:
         "variants.py",
         "prior.py",
         "fused.py",
+        "operators.py",
         "dataset.py",
         "train.py",
         "optimizer.py",
@@ -231,8 +232,9 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         done = len(cells) - len(missing)
         say(f"data: {read_meta(arms[cells[0][0]].dataset)[1].get('source', 'unnamed')}")
         say(f"{len(arms)} arms x {len(seeds)} seeds = {len(cells)} runs, {done} of them finished before; {place[cells[0][0]].name()} -> {out_dir}")
-    # cut from all cells: processes that start later see fewer missing ones
-    mine, finished, began = [cell for cell in cells[rank::world] if cell in missing], 0, time.perf_counter()
+    # cut from all cells, since processes that start later see fewer missing ones, and into blocks, so that each process builds few of the arms
+    share = np.array_split(np.arange(len(cells)), world)[rank]
+    mine, finished, began = [cells[i] for i in share if cells[i] in missing], 0, time.perf_counter()
     for name, config in arms.items():
         own = [cell for cell in mine if cell[0] == name]
         if not own:

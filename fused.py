@@ -17,22 +17,13 @@ import torch
 import torch.nn as nn
 import triton
 import triton.language as tl
-from torch.library import custom_op
 from torch.nn import functional as F
 
 import model
 from model import GPT, CausalSelfAttention, ViT
+from operators import operator
 
 CHUNK = 16384  # rows of logits at a time: 1.5 GiB of GPT-2's, and enough for the products to run at full speed
-
-
-OPERATORS = []
-
-
-def operator(function):
-    """`function` as an operator that the compiler calls and does not look into."""
-    OPERATORS.append(custom_op(f"diffusion::{function.__name__}", function, mutates_args=(), tags=(torch.Tag.needs_exact_strides,)))
-    return OPERATORS[-1]
 
 
 def _half(x) -> torch.dtype:
@@ -582,12 +573,6 @@ def accelerate(network: nn.Module, dtype: torch.dtype, shadows: bool = True):
 
     `shadows` keeps each linear layer's weight in `dtype` beside it, which then needs `cast_weights`; without it autocast casts at every use.
     """
-    if torch.__version__ < (2, 13):  # which would write all that an operator depends on into a log at its first use, exponential in n_layer
-        from torch._inductor.lowering import lowerings, make_fallback
-
-        for known in OPERATORS:
-            if known._opoverload not in lowerings:
-                make_fallback(known._opoverload, warn=False)
     swaps = {nn.GELU: GELU, CausalSelfAttention: Attention, model.Block: Block, GPT: FusedGPT, ViT: FusedViT}
     for module in network.modules():
         module.__class__ = swaps.get(type(module), module.__class__)

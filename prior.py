@@ -21,6 +21,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from operators import operator
+
 FLOOR = 1e-6  # smallest pivot: a matrix at the boundary has log |det| around -14 and a finite inverse, so penalty and gradient stay finite
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -87,7 +89,7 @@ def inverse_by_lu(matrices):
     return torch.linalg.lu_solve(lu, pivots, identity).contiguous(), diagonal.abs().log().sum(dim=-1), signs
 
 
-@torch.library.custom_op("barrier::inverse", mutates_args=())  # one opaque step for the compiler
+@operator
 def inverse(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(N, p, p) -> inverses, log |det| (N,), sign of det (N,), with no pivot smaller than FLOOR. Nothing waits for the device."""
     matrices = matrices.contiguous()

@@ -35,6 +35,7 @@ import onednn
 from dataset import Pictures, Tokens, load, prepare_if_missing
 from metrics import Metrics
 from model import GPT, GPTConfig, ViT, ViTConfig
+from operators import make_known
 from optimizer import learning_rate, make_optimizer, reset, set_learning_rate
 from parallel import distribute, gather, gradient_sync, reshard, whole
 from place import Place, find_place, say, warn_if_long
@@ -182,6 +183,7 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
     run = update
     if compiled:  # on weights that the loop overwrites; compilation happens here, where it can still be given up
         try:
+            make_known()
             update()
         except torch.OutOfMemoryError:
             raise

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="the kernels need Triton: pip install -r requirements-dev.txt")
 CUDA = torch.cuda.is_available()
 import fused  # noqa: E402
+import operators  # noqa: E402
 from model import GPT, GPTConfig, ViT, ViTConfig, attention_reference  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -227,5 +228,7 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
 def test_compiling_deep_models_takes_no_exponential_time():
     from torch._inductor.lowering import lowerings
 
-    fused.accelerate(GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=3, n_embd=24)), torch.bfloat16)
-    assert all(known._opoverload in lowerings for known in fused.OPERATORS)
+    import prior  # noqa: F401, which declares one more
+
+    operators.make_known()
+    assert len(operators.OPERATORS) > 8 and all(known._opoverload in lowerings for known in operators.OPERATORS)
