@@ -860,10 +860,11 @@ def decoded(name: str, content: bytes) -> str:
     return text
 
 
-def write_corpus(source, directory: Path, num_proc: int = 0, make_encoder=GPT2Encoder) -> dict:
+def write_corpus(source, directory: Path, num_proc: int = 0, make_encoder=GPT2Encoder, val_fraction: float = VAL_FRACTION) -> dict:
     """Tokenises the documents of `source` (Files, or anything with blocks, size, read and description) into `directory`.
 
     num_proc: worker processes, 0 for one a core; the files do not depend on it. make_encoder: the encoder's class, called in every process.
+    val_fraction: the share of the documents that val.bin holds.
     Says on stdout what was written and what was left out, and returns meta. Raises InputError; the files are then as they were before.
     """
     num_proc, keep = num_proc or cores(), False
@@ -876,7 +877,7 @@ def write_corpus(source, directory: Path, num_proc: int = 0, make_encoder=GPT2En
             except BlockingIOError:
                 keep = True
                 raise InputError(f"another process is preparing {directory}: wait for it") from None
-            return _write_corpus(source, directory, folder, num_proc, make_encoder)
+            return _write_corpus(source, directory, folder, num_proc, make_encoder, val_fraction)
     except concurrent.futures.process.BrokenProcessPool:
         keep = True
         raise InputError("a worker process died (out of memory?): run the same command again, perhaps with a smaller --num_proc") from None
@@ -894,7 +895,7 @@ def write_corpus(source, directory: Path, num_proc: int = 0, make_encoder=GPT2En
                     directory.rmdir()
 
 
-def _write_corpus(source, directory: Path, folder: Path, num_proc: int, make_encoder) -> dict:
+def _write_corpus(source, directory: Path, folder: Path, num_proc: int, make_encoder, val_fraction: float) -> dict:
     from tqdm import tqdm
 
     quiet = not sys.stderr.isatty()
@@ -941,9 +942,10 @@ def _write_corpus(source, directory: Path, folder: Path, num_proc: int, make_enc
         raise InputError(
             f"--source has {documents:,} document{'s' * (documents != 1)}, {limits}{f' ({why})' if why else ''}: name other or more files"
         )
+    if (validation := math.ceil(val_fraction * documents)) == documents:
+        raise InputError(f"--val_fraction={val_fraction:g} of {documents:,} documents leaves none to train on: give a smaller one, or more files")
 
     # ---- split and order
-    validation = math.ceil(VAL_FRACTION * documents)
     train, val, passed = Output(folder / "train.bin"), Output(folder / "val.bin"), time.perf_counter()
     with tqdm(total=2 * tokens, unit=" tokens", unit_scale=True, desc="ordering", disable=quiet) as bar:
         for first, part, its_lengths in in_order(shards, documents, bar):
@@ -961,7 +963,7 @@ def _write_corpus(source, directory: Path, folder: Path, num_proc: int, make_enc
         "end_marks": documents,
         "skipped_documents": left_out,
         "skipped": skipped,
-        "split": {"rule": ORDER_RULE, "seed": SEED, "val_fraction": VAL_FRACTION},
+        "split": {"rule": ORDER_RULE, "seed": SEED, "val_fraction": val_fraction},
         "vocab_size": make_encoder.vocab_size,
         "tokenizer": make_encoder.tokenizer,
     }

@@ -97,11 +97,11 @@ def as_tar(members, **options) -> bytes:
     return buffer.getvalue()
 
 
-def expected(documents: list[str]) -> tuple[bytes, bytes]:
+def expected(documents: list[str], val_fraction=0.0005) -> tuple[bytes, bytes]:
     """train.bin and val.bin of these documents by the rule, written down plainly."""
     ids = [np.append(ByteEncoder().encode(text), 256).astype("<u2").tobytes() for text in documents]
     order = np.random.default_rng(2357).permutation(len(documents))
-    val = math.ceil(0.0005 * len(documents))
+    val = math.ceil(val_fraction * len(documents))
     return b"".join(ids[i] for i in order[val:]), b"".join(ids[i] for i in order[:val])
 
 
@@ -478,6 +478,20 @@ def test_damaged_files_are_refused_and_leave_the_old_data_set(tmp_path, name):
     text = refuse(write, [tmp_path / "good.jsonl", bad], out)
     assert name in text and ("is damaged" in text or "zeros" in name), text
     assert files_in(out) == before
+
+
+def test_the_validation_set_may_be_a_larger_share(tmp_path):
+    documents, out = documents_of(7, 30), tmp_path / "out"
+    (tmp_path / "docs.jsonl").write_bytes(as_jsonl(documents))
+    meta = write_corpus(corpus.Files([tmp_path / "docs.jsonl"]), out, 1, ByteEncoder, val_fraction=0.25)
+    assert ((out / "train.bin").read_bytes(), (out / "val.bin").read_bytes()) == expected(documents, 0.25)
+    assert meta["split"]["val_fraction"] == 0.25 and meta["splits"]["val"]["documents"] == 8
+    before = files_in(out)
+    with pytest.raises(InputError, match="--val_fraction=0.99 of 30 documents leaves none to train on"):
+        write_corpus(corpus.Files([tmp_path / "docs.jsonl"]), out, 1, ByteEncoder, val_fraction=0.99)
+    assert files_in(out) == before
+    with pytest.raises(InputError, match="--val_fraction=1 must lie between 0 and 1"):
+        openwebtext.PrepareConfig(source="docs.jsonl", val_fraction=1.0).check()
 
 
 def test_bad_paths(tmp_path):

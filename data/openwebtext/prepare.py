@@ -1,6 +1,6 @@
 """OpenWebText, or any corpus of documents, in GPT-2's BPE: writes train.bin, val.bin and meta.json.
 
-    python data/openwebtext/prepare.py [--source=hub|PATH[,PATH...]] [--num_proc=N] [--out_dir=DIR]
+    python data/openwebtext/prepare.py [--source=hub|PATH[,PATH...]] [--val_fraction=0.0005] [--num_proc=N] [--out_dir=DIR]
 
 --source=
     hub     the parquet files of Skylion007/openwebtext, through the packages of requirements-data.txt (needs the network and about 100 GB)
@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import InputError, configure, one_line_errors  # noqa: E402  (numpy and tiktoken are imported where they are used)
-from corpus import MAX_DOCUMENT, NO_TEXT, TOO_LARGE, Files, GPT2Encoder, grouped, optional, write_corpus  # noqa: E402
+from corpus import MAX_DOCUMENT, NO_TEXT, TOO_LARGE, VAL_FRACTION, Files, GPT2Encoder, grouped, optional, write_corpus  # noqa: E402
 
 HUB = "Skylion007/openwebtext"
 HUB_DOCUMENTS = 8_013_769
@@ -48,6 +48,7 @@ class PrepareConfig:
     source: str = "hub"  # hub, or files and folders, comma-separated
     revision: str = "refs/convert/parquet"  # of the hub's data set: a branch or a commit
     num_proc: int = 0  # worker processes; 0: one per core
+    val_fraction: float = VAL_FRACTION  # share of the documents that val.bin holds; raise it for a small corpus
     out_dir: str = ""  # directory for the files; empty: the one of this script
 
     def check(self) -> "PrepareConfig":
@@ -55,6 +56,8 @@ class PrepareConfig:
             raise InputError("--source is empty: give hub, or files and folders, comma-separated")
         if not 0 <= self.num_proc <= 256:
             raise InputError(f"--num_proc={self.num_proc} must lie between 0 (one per core) and 256")
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"--val_fraction={self.val_fraction:g} must lie between 0 and 1")
         return self
 
 
@@ -108,7 +111,7 @@ def prepare(config: PrepareConfig):
     else:
         whole = Path(config.source)
         source = Files([whole] if whole.exists() else [Path(path) for path in config.source.split(",") if path])
-    write_corpus(source, Path(config.out_dir) if config.out_dir else HERE, config.num_proc)
+    write_corpus(source, Path(config.out_dir) if config.out_dir else HERE, config.num_proc, val_fraction=config.val_fraction)
 
 
 if __name__ == "__main__":
