@@ -21,6 +21,7 @@ and per layer (0 is what enters the first block): cosine and cosine_average of t
     effective_rank   exp of the entropy of the singular values of a sequence's normalised tokens (T x C): how many directions they use
 """
 
+import sys
 from dataclasses import dataclass
 
 from configurator import InputError, build, field_names, one_line_errors, quit_on_interrupt, split_arguments
@@ -51,10 +52,10 @@ def parse(arguments: list[str]) -> tuple[ProbeConfig, list[str]]:
 if __name__ == "__main__":  # before torch is imported
     with one_line_errors():
         quit_on_interrupt()
-        if {"--help", "-h"} & set(__import__("sys").argv[1:]):
+        if {"--help", "-h"} & set(sys.argv[1:]):
             print(__doc__)
             raise SystemExit
-        command_line = parse(__import__("sys").argv[1:])
+        command_line = parse(sys.argv[1:])
 
 import io
 import json

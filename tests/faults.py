@@ -429,16 +429,13 @@ def _write_npz(folder: Path, seed: int):
 
 
 def kills_of_reports(folder: Path, draw: random.Random):
-    """kill -9 and files limited in size for evaluate.py and unroll.py, where they are: whole reports or none, and the same from the next run."""
+    """kill -9 and files limited in size for evaluate.py and unroll.py: whole reports or none, and the same from the next run."""
     keys = TINY | ARMS["A - I"] | {"dataset": text_data(folder / "text"), "out_dir": folder / "run", "max_iters": 8}
     succeed("train.py", options(keys), folder / "io")
     commands = {
         "evaluate.py": [f"--out_dir={folder / 'run'}", "--margins=True", "--perturb=True", "--eval_tokens=64", "--device=cpu", "--out="],
         "unroll.py": ["--n=100", "--steps=2", "--seeds=1", "--latent_dim=4", "--device=cpu", "--out_dir="],
     }
-    commands = {script: words for script, words in commands.items() if (ROOT / script).exists()}
-    if not commands:
-        return
     whole, seconds = {}, {}
     for script, words in commands.items():
         began = time.monotonic()

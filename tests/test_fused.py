@@ -176,13 +176,48 @@ def test_weights_that_change_are_cast_again():
             close(fast(*inputs)[1], model(*inputs)[1], 1e-5)
 
 
-def test_training_with_dropout_drops_both_branches():
-    """With almost everything dropped the branches vanish, so that the loss is that of a model without blocks."""
-    for model, fast, inputs in both({"dropout": 0.99}):
-        torch.manual_seed(0)
-        losses = [float(fast.train()(*inputs)[1].detach()) for _ in range(3)]
-        assert len(set(losses)) == 3
-        close(fast.eval()(*inputs)[1], model.eval()(*inputs)[1], 1e-5)
+class Masked(torch.nn.Module):
+    """Dropout with a given mask."""
+
+    def __init__(self, kept, p: float):
+        super().__init__()
+        self.kept, self.p = kept, p
+
+    def forward(self, x):
+        return x * self.kept / (1 - self.p)
+
+
+@pytest.mark.parametrize("arm", [{}, {"diffusion": True}])
+def test_dropout_of_both_branches_of_every_block(monkeypatch, arm):
+    """Loss and gradients with given masks are those of the plain model with the same ones; attention's own dropout is the framework's."""
+    p = 0.4
+    for model, fast, inputs in both({"dropout": p, **arm}):
+        masks = []
+
+        def keep(x, p, count, masks=masks):
+            masks.append(torch.rand(count, *x.shape, device=x.device) >= p)
+            return masks[-1]
+
+        monkeypatch.setattr(fused, "keep", keep)
+        for network in (model, fast):
+            network.transformer.drop = torch.nn.Identity()
+            for block in network.transformer.h:
+                block.attn.dropout = 0.0
+        fast_loss = fast.train()(*inputs)[1]
+        (kept,) = masks
+        for i, block in enumerate(model.transformer.h):
+            block.attn.resid_dropout, block.mlp.dropout = Masked(kept[2 * i], p), Masked(kept[2 * i + 1], p)
+        plain_loss = model.train()(*inputs)[1]
+        close(fast_loss, plain_loss, 1e-5)
+        fast_loss.backward()
+        plain_loss.backward()
+        for ours, theirs in zip(fast.parameters(), model.parameters()):
+            close(ours.grad, theirs.grad, 1e-5, 1e-5 * float(theirs.grad.abs().max()))
+        with torch.no_grad():
+            assert float(fast(*inputs)[1]) != float(fast(*inputs)[1])  # other masks
+            for block in model.transformer.h:
+                block.attn.resid_dropout = block.mlp.dropout = torch.nn.Identity()
+            close(fast.eval()(*inputs)[1], model.eval()(*inputs)[1], 1e-5)
 
 
 @pytest.mark.skipif(not CUDA, reason="half precision by autocast needs a GPU")

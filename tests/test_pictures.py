@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import build, run
 
 import checkpoint
 import train
@@ -22,7 +23,6 @@ from dataset import Pictures, Tokens, load, meta_json
 from metrics import KEYS, read_metrics
 from model import GPT, GPTConfig, ViT, ViTConfig
 from pictures import FILES, PictureWriter
-from place import find_place
 
 
 def prepared(directory: Path, train_pictures, train_labels, val_pictures, val_labels, classes: int) -> Path:
@@ -567,16 +567,6 @@ NOISY = dict(dropout=0.1, diffusion=True, diffusion_heads=(2, 1), diffusion_alph
 
 def tiny(data: Path, out: Path, **changes) -> TrainConfig:
     return TrainConfig(**TINY | {"dataset": str(data), "out_dir": str(out)} | changes).check()
-
-
-def build(config: TrainConfig) -> train.Program:
-    return train.build(config, find_place(config.device, config.dtype))
-
-
-def run(config: TrainConfig) -> list[dict]:
-    """Trains in this process; returns the rows of the log."""
-    train.train(build(config), config.seed, Path(config.out_dir), quiet=True)
-    return read_metrics(Path(config.out_dir))
 
 
 def column(rows: list[dict], key: str) -> dict[int, float]:

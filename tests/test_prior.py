@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
+from runs import TINY, build, run
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -20,14 +22,9 @@ import train
 from configurator import InputError, TrainConfig
 from metrics import BARRIER, read_metrics
 from model import GPT, GPTConfig, ViT, ViTConfig
-from place import find_place
 from prior import EmbeddingPrior, Objective, barrier, draw_pairs, log_abs_det, moments, own_blocks, own_margins
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = dict(
-    n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2, warmup_iters=5, max_iters=12,
-    eval_interval=1000, eval_tokens=320, log_interval=1, dropout=0.1, device="cpu", dtype="float32", compile=False,
-)  # fmt: skip
 ARMS = [
     {},
     {"diffusion": True},
@@ -36,17 +33,8 @@ ARMS = [
 ]
 
 
-def tiny(data, out, **changes) -> TrainConfig:
-    return TrainConfig(**TINY | {"dataset": str(data), "out_dir": str(out)} | changes).check()
-
-
-def build(config: TrainConfig) -> train.Program:
-    return train.build(config, find_place(config.device, config.dtype))
-
-
-def run(config: TrainConfig) -> list[dict]:
-    train.train(build(config), config.seed, Path(config.out_dir), quiet=True)
-    return read_metrics(Path(config.out_dir))
+def tiny(data: Path, out: Path, **changes) -> TrainConfig:
+    return runs.tiny(data, out, **{"max_iters": 12, "dropout": 0.1} | changes)
 
 
 def model_of(kind, arm: dict, n_head: int, seed: int = 0):
