@@ -409,3 +409,20 @@ def starting_weights(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
     check_diffusion_heads(config.diffusion_heads, sizes["n_layer"], sizes["n_head"])
     return replace(config, **sizes), weights
+
+
+def starting_tokenizer(init_from: str) -> dict | None:
+    """The tokenizer (dataset.Tokenizer's description) of the weights that init_from names; None where none is stated. Raises InputError."""
+    folder = Path(init_from)
+    if init_from in PRETRAINED:
+        return {"type": "gpt2"}
+    try:
+        if (folder / "checkpoint.json").is_file():
+            return read_meta(folder).get("tokenizer")
+        if (folder / "character_tokenizer.json").is_file():  # of export_hf.py
+            return json.loads((folder / "character_tokenizer.json").read_text(encoding="utf-8"))
+        if (folder / "config.json").is_file():
+            return {"type": "gpt2"} if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size") == 50257 else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"--init_from={init_from}: the description of its tokenizer is damaged ({type(error).__name__})") from None
+    return None

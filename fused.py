@@ -89,7 +89,8 @@ def _add_norm(x_ptr, branch_ptr, keep_ptr, weight_ptr, bias_ptr, out_ptr, y_ptr,
 def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, keep_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr, n, scale,
                        C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, TILES: tl.constexpr,
                        ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Each program takes TILES tiles of ROWS rows, so that the sums over rows for the gain and the bias stay in registers until its end."""
+    """Each program takes TILES tiles of ROWS rows, so that the sums over rows for the gain and the bias stay in registers until its end, where it
+    writes its own row of (programs, C) partial sums."""
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :]
     dweight, dbias = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
@@ -110,9 +111,9 @@ def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, keep_ptr, weight_ptr, mean_ptr
         if DROPOUT:
             dx = tl.where(tl.load(keep_ptr + i, mask=mask, other=0) != 0, dx * scale, 0.0)
         tl.store(dbranch_ptr + i, dx, mask=mask)
-    tl.atomic_add(dweight_ptr + column, tl.sum(dweight, axis=0), mask=column < C)
+    tl.store(dweight_ptr + tl.program_id(0) * C + column, tl.sum(dweight, axis=0), mask=column < C)
     if BIAS:
-        tl.atomic_add(dbias_ptr + column, tl.sum(dbias, axis=0), mask=column < C)
+        tl.store(dbias_ptr + tl.program_id(0) * C + column, tl.sum(dbias, axis=0), mask=column < C)
 
 
 def _tile(C: int) -> dict:
@@ -154,17 +155,18 @@ def add_norm_backward(
     dy = dy.contiguous()
     dout = dout if dout is None else dout.contiguous()
     dx, dbranch, n = torch.empty_like(out), torch.empty_like(dy), out.numel() // out.size(-1)
-    dweight, dbias = torch.zeros_like(weight), torch.zeros_like(weight) if bias else weight.new_empty(0)
     tile = _tile(out.size(-1))
     tiles = triton.cdiv(n, tile["ROWS"])
     processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.device.type == "cuda" else 2
-    programs = min(tiles, 8 * processors)
+    programs = min(tiles, 4 * processors)  # as many as run at once
+    dweight = weight.new_empty(programs, len(weight))
+    dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
     _add_norm_backward[(programs,)](
         out if dout is None else dout, dy, out, dy if kept is None else kept.view(torch.uint8), weight, mean, rstd,
         dx, dbranch, dweight, dbias, n, scale,
         DROPOUT=kept is not None, BIAS=bias, RESIDUAL=dout is not None, TILES=triton.cdiv(tiles, programs), **tile,
     )  # fmt: skip
-    return dx, dbranch, dweight, dbias
+    return dx, dbranch, dweight.sum(dim=0), dbias.sum(dim=0) if bias else dbias
 
 
 @add_norm_backward.register_fake
@@ -417,8 +419,11 @@ class _Subtract(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        if ctx.lam == 1:
+            return dy, dy, None, None, None
         first = dy.size(1) - ctx.heads
-        scaled = dy if ctx.lam == 1 else torch.cat((dy[:, :first], ctx.lam * dy[:, first:]), dim=1)
+        diffuses = torch.arange(dy.size(1), device=dy.device)[:, None, None] >= first
+        scaled = torch.where(diffuses, ctx.lam * dy, dy)  # in dy's order of memory, which the attention's backward kernel wants to be its output's
         return scaled, dy, None, None, None
 
 

@@ -210,7 +210,8 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
     def step(seed: int, i: int):
         batch = data.draw(seed, i, rows)
         for examples, micro_batch in zip(drawn, micro_batches):
-            examples.copy_(torch.from_numpy(batch[micro_batch]))
+            fresh = torch.from_numpy(batch[micro_batch])
+            examples.copy_(fresh.pin_memory() if examples.is_cuda else fresh, non_blocking=True)  # else the CPU waits here for the last step's end
         key = np.random.SeedSequence([seed, DROPOUT_STREAM, i, place.rank]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(key >> 1))  # the global generators serve dropout, and with the keys of prior.py what is drawn there, first
         set_learning_rate(optimizer, learning_rate(config, i))
@@ -479,10 +480,10 @@ def run(config: TrainConfig, place: Place) -> int:
         say(f"{program.model.num_params() / 1e6:.2f} M parameters, arm {arm}; {place.name()} x {place.world}, {place.dtype}, {program.mode}")
         if not config.eval_only:
             warn_if_long(program.model.flops_per_token() * config.max_iters * program.tokens, place)
-        written = getattr(program.data, "tokenizer", {})
-        if program.weights is not None and written.get("type") == "char" and program.config.vocab_size > 2 * program.data.vocab_size:
+        theirs, ours = checkpoint.starting_tokenizer(config.init_from), getattr(program.data, "tokenizer", None)
+        if theirs and ours and theirs != ours:
             say(
-                f"note: {config.init_from} has {program.config.vocab_size} tokens, --dataset={config.dataset} {program.data.vocab_size} characters: "
+                f"note: the tokens of {config.init_from} ({theirs.get('type')}) are not those of --dataset={config.dataset} ({ours.get('type')}): "
                 "the same numbers mean other things, so the token table starts from nonsense"
             )
     status = 0

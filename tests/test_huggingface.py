@@ -267,6 +267,10 @@ def test_pickles_and_files_elsewhere_are_never_read(tmp_path, name):
 
 
 @needs_transformers
+def test_an_exported_folder_states_its_tokenizer(tmp_path):
+    assert checkpoint.starting_tokenizer(str(exported(tmp_path, random_model()))) == {"type": "char", "characters": CHARACTERS}
+
+
 def test_code_of_a_folder_does_not_run(tmp_path):
     theirs(tmp_path / "hf")
     (tmp_path / "hf" / "evil.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
@@ -300,6 +304,21 @@ def test_our_checkpoints_and_their_folders_are_told_apart(tmp_path, monkeypatch)
     for name in ("gpt3", "openai-community/gpt2", str(tmp_path / "none")):
         with pytest.raises(InputError, match=f"--init_from={name} is neither a directory nor .*gpt2-medium"):
             checkpoint.starting_weights(TrainConfig(init_from=name))
+
+
+def test_weights_that_state_their_tokenizer(tmp_path):
+    ours = saved(tmp_path / "ours", random_model())
+    assert checkpoint.starting_tokenizer(str(ours)) == {"type": "char", "characters": CHARACTERS}
+    assert checkpoint.starting_tokenizer("gpt2-xl") == {"type": "gpt2"}
+    assert [checkpoint.starting_tokenizer(name) for name in ("scratch", "resume", "nanogpt/ckpt.pt")] == [None] * 3
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for size, tokenizer in ((50257, {"type": "gpt2"}), (50258, None)):
+        (folder / "config.json").write_text(json.dumps({"vocab_size": size}))
+        assert checkpoint.starting_tokenizer(str(folder)) == tokenizer
+    (folder / "character_tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="the description of its tokenizer is damaged"):
+        checkpoint.starting_tokenizer(str(folder))
 
 
 @needs_transformers

@@ -24,6 +24,7 @@ from configurator import InputError, TrainConfig, one_line_errors
 from dataset import Tokens, write_tokens
 from metrics import KEYS, Metrics, read_metrics
 from model import GPT, GPTConfig
+from place import find_place
 from train import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -435,6 +436,20 @@ def test_a_run_starts_from_the_weights_of_another(tokens_dir, tmp_path, undistur
         build(dataclasses.replace(config, block_size=17))
     with pytest.raises(InputError, match="has n_layer=2, this run asks for --n_layer=4"):  # a wish that would otherwise be ignored
         build(dataclasses.replace(config, n_layer=4))
+
+
+def test_weights_of_another_vocabulary_are_noted(undisturbed, tokens_dir, tmp_path, capsys):
+    meta = json.loads((tokens_dir / "meta.json").read_text())
+    characters = meta["tokenizer"]["characters"]
+    other = {"vocab_size": len(characters), "tokenizer": {"type": "char", "characters": characters[::-1]}}
+    (tmp_path / "other").mkdir()
+    write_tokens(tmp_path / "other", *(np.arange(2000) % len(characters) for _ in range(2)), other)
+    notes = []
+    for data in (tokens_dir, tmp_path / "other"):
+        config = tiny(data, tmp_path / "out", init_from=str(undisturbed / "last"), max_iters=1, warmup_iters=0, bias=True, overwrite=True)
+        assert train.run(config, find_place("cpu", "float32")) == 0
+        notes.append("the same numbers mean other things" in capsys.readouterr().out)
+    assert notes == [False, True]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
