@@ -309,7 +309,7 @@ def profile(program, device: torch.device) -> str:
             program.step(0, i)
         synchronize(device)
     by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    return recorded.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=80)
+    return recorded.key_averages().table(sort_by=by, row_limit=50, max_name_column_width=80)
 
 
 def bench_sample(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]:
@@ -403,7 +403,11 @@ def main(bench: BenchConfig):
     """Runs one benchmark, prints its table and writes --out. Raises InputError."""
     with tempfile.TemporaryDirectory() as folder:
         function = {"sample": bench_sample, "startup": bench_startup}.get(bench.what, bench_train_or_eval)
-        rows, place = function(bench, Path(folder))
+        try:
+            rows, place = function(bench, Path(folder))
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0][:200]
+            raise InputError(f"out of memory: the programs of all --arms are there at once, so name fewer, or lower --batch_size: {reason}") from None
     if place.rank > 0:
         return
     lines = []

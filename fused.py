@@ -86,15 +86,15 @@ def _add_norm(x_ptr, branch_ptr, keep_ptr, weight_ptr, bias_ptr, out_ptr, y_ptr,
 
 
 @triton.jit
-def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, keep_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr, n, scale,
-                       C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, TILES: tl.constexpr,
+def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, keep_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr, n, scale, tiles,
+                       C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
                        ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Each program takes TILES tiles of ROWS rows, so that the sums over rows for the gain and the bias stay in registers until its end, where it
+    """Each program takes `tiles` tiles of ROWS rows, so that the sums over rows for the gain and the bias stay in registers until its end, where it
     writes its own row of (programs, C) partial sums."""
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :]
     dweight, dbias = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in range(TILES):
+    for tile in range(tiles):
         row = (tile * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
         i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
         dy = tl.load(dy_ptr + i, mask=mask, other=0.0).to(tl.float32)
@@ -163,8 +163,8 @@ def add_norm_backward(
     dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
     _add_norm_backward[(programs,)](
         out if dout is None else dout, dy, out, dy if kept is None else kept.view(torch.uint8), weight, mean, rstd,
-        dx, dbranch, dweight, dbias, n, scale,
-        DROPOUT=kept is not None, BIAS=bias, RESIDUAL=dout is not None, TILES=triton.cdiv(tiles, programs), **tile,
+        dx, dbranch, dweight, dbias, n, scale, triton.cdiv(tiles, programs),
+        DROPOUT=kept is not None, BIAS=bias, RESIDUAL=dout is not None, **tile,
     )  # fmt: skip
     return dx, dbranch, dweight.sum(dim=0), dbias.sum(dim=0) if bias else dbias
 
