@@ -86,9 +86,9 @@ def _add_norm(x_ptr, branch_ptr, keep_ptr, weight_ptr, bias_ptr, out_ptr, y_ptr,
 
 
 @triton.jit
-def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, keep_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr, n, scale, tiles,
-                       C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-                       ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, keep_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr, n, scale,
+                       tiles, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr,
+                       BLOCK: tl.constexpr):  # fmt: skip
     """Each program takes `tiles` tiles of ROWS rows, so that the sums over rows for the gain and the bias stay in registers until its end, where it
     writes its own row of (programs, C) partial sums."""
     column = tl.arange(0, BLOCK)
@@ -116,10 +116,10 @@ def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, keep_ptr, weight_ptr, mean_ptr
         tl.store(dbias_ptr + tl.program_id(0) * C + column, tl.sum(dbias, axis=0), mask=column < C)
 
 
-def _tile(C: int) -> dict:
-    """Rows and columns of a tile of rows of C: about 2048 elements, one column block per row."""
+def _tile(C: int, elements: int) -> dict:
+    """Rows and columns of a tile of rows of C: about so many elements, one column block per row."""
     block = triton.next_power_of_2(C)
-    return {"C": C, "BLOCK": block, "ROWS": max(1, 2048 // block), "num_warps": 4 if block <= 2048 else 8}
+    return {"C": C, "BLOCK": block, "ROWS": max(1, elements // block), "num_warps": 4 if block <= 2048 else 8}
 
 
 @operator
@@ -130,7 +130,7 @@ def add_norm(
     x, branch = x.contiguous(), branch.contiguous()
     out, y, n = torch.empty_like(x), torch.empty_like(branch), x.numel() // x.size(-1)
     mean, rstd = (torch.empty(n, dtype=torch.float32, device=x.device) for _ in range(2))
-    tile = _tile(x.size(-1))
+    tile = _tile(x.size(-1), 2048)
     keep_or_not = branch if kept is None else kept.view(torch.uint8)  # a pointer that is not followed
     _add_norm[(triton.cdiv(n, tile["ROWS"]),)](
         x, branch, keep_or_not, weight, weight if bias is None else bias, out, y, mean, rstd, n, scale,
@@ -155,10 +155,10 @@ def add_norm_backward(
     dy = dy.contiguous()
     dout = dout if dout is None else dout.contiguous()
     dx, dbranch, n = torch.empty_like(out), torch.empty_like(dy), out.numel() // out.size(-1)
-    tile = _tile(out.size(-1))
+    tile = _tile(out.size(-1), 4096 if kept is None else 1024)  # what registers hold
     tiles = triton.cdiv(n, tile["ROWS"])
     processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.device.type == "cuda" else 2
-    programs = min(tiles, 4 * processors)  # as many as run at once
+    programs = min(tiles, (4 if kept is None else 8) * processors)  # about as many as run at once
     dweight = weight.new_empty(programs, len(weight))
     dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
     _add_norm_backward[(programs,)](
@@ -279,7 +279,7 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     """x Phi(x) of a tensor of any shape, in its dtype."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    _gelu[(triton.cdiv(x.numel(), 1024),)](x, y, x.numel(), BLOCK=1024)
+    _gelu[(triton.cdiv(x.numel(), 4096),)](x, y, x.numel(), BLOCK=4096)
     return y
 
 
@@ -311,15 +311,14 @@ class GELU(nn.GELU):
 
 
 @triton.jit
-def _subtract(y_ptr, v_ptr, out_ptr, n, T, alpha, lam, YB, YH, YT, VB, VH, VT, FIRST: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-              BLOCK: tl.constexpr):  # fmt: skip
+def _subtract(y_ptr, v_ptr, out_ptr, n, T, alpha, lam, YB, YH, YT, VB, VH, VT, FIRST: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+              ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Two (B, H, T, d) with their strides -> (B, T, H, d) contiguous: lam (y - alpha v) for heads from FIRST on, y before."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # place in (B, T, H, d)
-    row, column = i // (H * D), i % (H * D)
-    b, t, head, e = row // T, row % T, column // D, column % D
-    y = tl.load(y_ptr + b * YB + head * YH + t * YT + e, mask=i < n, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + b * VB + head * VH + t * VT + e, mask=(i < n) & (head >= FIRST), other=0.0).to(tl.float32)
-    tl.store(out_ptr + i, tl.where(head >= FIRST, lam * (y - alpha * v), y), mask=i < n)
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]  # (b, t) and (head, channel)
+    b, t, head, e, mask = (row // T).to(tl.int64), row % T, column // D, column % D, (row < n) & (column < C)
+    y = tl.load(y_ptr + (b * YB + t * YT) + (head * YH + e), mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + (b * VB + t * VT) + (head * VH + e), mask=mask & (head >= FIRST), other=0.0).to(tl.float32)
+    tl.store(out_ptr + row.to(tl.int64) * C + column, tl.where(head >= FIRST, lam * (y - alpha * v), y), mask=mask)
 
 
 @operator
@@ -327,10 +326,8 @@ def subtract(y: torch.Tensor, v: torch.Tensor, alpha: float, lam: float, heads: 
     """model.diffuse, (B, H, T, d) twice -> the same shape with memory in the order (B, T, H, d), which the output projection reads."""
     B, H, T, d = y.shape
     y, v = (part if part.stride(3) == 1 else part.contiguous() for part in (y, v))
-    out = torch.empty(B, T, H, d, dtype=y.dtype, device=y.device)
-    _subtract[(triton.cdiv(y.numel(), 1024),)](
-        y, v, out, y.numel(), T, alpha, lam, *y.stride()[:3], *v.stride()[:3], FIRST=H - heads, H=H, D=d, BLOCK=1024
-    )
+    out, tile = torch.empty(B, T, H, d, dtype=y.dtype, device=y.device), _tile(H * d, 4096)
+    _subtract[(triton.cdiv(B * T, tile["ROWS"]),)](y, v, out, B * T, T, alpha, lam, *y.stride()[:3], *v.stride()[:3], FIRST=H - heads, D=d, **tile)
     return out.transpose(1, 2)
 
 
@@ -341,21 +338,20 @@ def _(y, v, alpha, lam, heads):
 
 
 @triton.jit
-def _gather(dq_ptr, dk_ptr, dv_ptr, dw_ptr, out_ptr, n, T, coefficient, B_STRIDE, H_STRIDE, T_STRIDE, FIRST: tl.constexpr, H: tl.constexpr,
-            D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _gather(dq_ptr, dk_ptr, dv_ptr, dw_ptr, out_ptr, n, T, coefficient, B_STRIDE, H_STRIDE, T_STRIDE, FIRST: tl.constexpr, D: tl.constexpr,
+            C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """(B, H, T, d) gradients with common strides -> (B, T, 3, H, d); heads from FIRST on give dv - coefficient dw."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # place in (B, T, H, d)
-    row, column = i // (H * D), i % (H * D)
-    head, mask = column // D, i < n
-    source = (row // T) * B_STRIDE + head * H_STRIDE + (row % T) * T_STRIDE + column % D
-    target = row * (3 * H * D) + column
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]  # (b, t) and (head, channel)
+    head, mask = column // D, (row < n) & (column < C)
+    source = ((row // T).to(tl.int64) * B_STRIDE + (row % T) * T_STRIDE) + (head * H_STRIDE + column % D)
+    target = row.to(tl.int64) * (3 * C) + column
     tl.store(out_ptr + target, tl.load(dq_ptr + source, mask=mask), mask=mask)
-    tl.store(out_ptr + target + H * D, tl.load(dk_ptr + source, mask=mask), mask=mask)
+    tl.store(out_ptr + target + C, tl.load(dk_ptr + source, mask=mask), mask=mask)
     dv = tl.load(dv_ptr + source, mask=mask)
-    if FIRST < H:
+    if FIRST * D < C:
         dw = tl.load(dw_ptr + source, mask=mask & (head >= FIRST), other=0.0)
         dv = (dv.to(tl.float32) - coefficient * dw.to(tl.float32)).to(dv.dtype)
-    tl.store(out_ptr + target + 2 * H * D, dv, mask=mask)
+    tl.store(out_ptr + target + 2 * C, dv, mask=mask)
 
 
 @operator
@@ -365,9 +361,9 @@ def gather(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dw: torch.Tenso
     parts = [dq, dk, dv, dv if dw is None else dw]
     if any(part.stride() != dq.stride() or part.stride(3) != 1 for part in parts):
         parts = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]
-    out = torch.empty(B, T, 3 * H * d, dtype=dq.dtype, device=dq.device)
+    out, tile = torch.empty(B, T, 3 * H * d, dtype=dq.dtype, device=dq.device), _tile(H * d, 4096)
     first = H if dw is None else H - heads
-    _gather[(triton.cdiv(dq.numel(), 1024),)](*parts, out, dq.numel(), T, coefficient, *parts[0].stride()[:3], FIRST=first, H=H, D=d, BLOCK=1024)
+    _gather[(triton.cdiv(B * T, tile["ROWS"]),)](*parts, out, B * T, T, coefficient, *parts[0].stride()[:3], FIRST=first, D=d, **tile)
     return out
 
 
@@ -419,11 +415,8 @@ class _Subtract(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if ctx.lam == 1:
-            return dy, dy, None, None, None
         first = dy.size(1) - ctx.heads
-        diffuses = torch.arange(dy.size(1), device=dy.device)[:, None, None] >= first
-        scaled = torch.where(diffuses, ctx.lam * dy, dy)  # in dy's order of memory, which the attention's backward kernel wants to be its output's
+        scaled = dy if ctx.lam == 1 else torch.cat((dy[:, :first], ctx.lam * dy[:, first:]), dim=1)
         return scaled, dy, None, None, None
 
 
@@ -439,7 +432,7 @@ class Attention(CausalSelfAttention):
             q, k, v = _Split.apply(qkv, self.n_head)
         if taps is not None:
             taps.append((q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal)
+        y = self.attend(q, k, v, None, self.causal)
         if self.diffusing_heads:
             y = _Subtract.apply(y, w, self.alpha, self.lam, self.diffusing_heads)
         return self.c_proj(y.transpose(1, 2).reshape(x.shape))
@@ -493,15 +486,16 @@ def _cross_entropy(logits_ptr, targets_ptr, losses_ptr, stride, V: tl.constexpr,
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     target = tl.load(targets_ptr + row)
-    largest, total = float("-inf"), 0.0
+    largest, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)  # per lane, so that no turn of the loop waits
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        z = tl.load(logits_ptr + column, mask=column < V, other=float("-inf")).to(tl.float32)
-        new = tl.maximum(largest, tl.max(z, axis=0))
-        shift = tl.where(new == float("-inf"), 0.0, new)  # a block of nothing but -inf adds nothing
-        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift), axis=0)
+        z = tl.load(logits_ptr + column, mask=column < stride, other=0.0).to(tl.float32)  # wide loads, which column < V would forbid
+        z = tl.where(column < V, z, float("-inf"))
+        new = tl.maximum(largest, z)
+        total = total * tl.exp(largest - new) + tl.exp(z - new)
         largest = new
-    log_sum = largest + tl.log(total)
+    top = tl.max(largest, axis=0)
+    log_sum = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
     counts = target >= 0
     logit = tl.load(logits_ptr + tl.maximum(target, 0)).to(tl.float32)
     tl.store(losses_ptr + row, tl.where(counts, log_sum - logit, 0.0))
@@ -509,8 +503,8 @@ def _cross_entropy(logits_ptr, targets_ptr, losses_ptr, stride, V: tl.constexpr,
         tl.debug_barrier()  # the target's logit is read before it is overwritten
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            z = tl.load(logits_ptr + column, mask=column < V, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp(z - log_sum) - tl.where(column == target, 1.0, 0.0)
+            z = tl.load(logits_ptr + column, mask=column < stride, other=0.0).to(tl.float32)
+            gradient = tl.where(column < V, tl.exp(z - log_sum), 0.0) - tl.where(column == target, 1.0, 0.0)
             tl.store(logits_ptr + column, tl.where(counts, gradient, 0.0), mask=column < stride)
 
 
@@ -519,12 +513,12 @@ def output_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, gr
     """x (N, C) in half precision, weight (V, C) float32, targets (N,), -1 ignored -> mean loss, and with `gradient` (else empty) that of the sum
     over the targets that count: (N, C) in x's dtype and (V, C) in float32."""
     V = len(weight)
-    half = F.pad(weight.to(x.dtype), (0, 0, 0, -V % 8))  # an odd number of columns has slow products
+    half = F.pad(weight.to(x.dtype), (0, 0, 0, -V % 16))  # rows of an odd length have slow products and loads
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x) if gradient else x.new_empty(0)
     dweight = torch.empty(half.shape, dtype=torch.float32, device=x.device) if gradient else weight.new_empty(0)
     # a row must still be in the cache when it is read again: few programs at a time for long rows
-    form = {"BLOCK": min(8192, triton.next_power_of_2(V)), "num_warps": 32 if V > 8192 else 4}
+    form = {"BLOCK": min(8192, triton.next_power_of_2(V)), "num_warps": 16 if V > 8192 else 4}
     for first in range(0, len(x), CHUNK):
         rows = slice(first, first + CHUNK)
         logits = x[rows] @ half.t()

@@ -65,6 +65,23 @@ def diffuse(y, v, alpha: float, lam: float, heads: int):
     return y if lam == 1 else lam * y
 
 
+class InOrder(torch.autograd.Function):
+    """y as it is; its gradient comes in y's order of memory.
+
+    To be put around every fused attention call: cuDNN's backward kernel, the default on Hopper in half precision, returns wrong gradients without a
+    word when the output is a (B, T, H, d) in memory and its gradient a (B, H, T, d), as behind a slice or a cat (torch 2.11).
+    """
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.strides = y.stride()
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy if dy.stride() == ctx.strides else torch.empty_strided(dy.shape, ctx.strides, dtype=dy.dtype, device=dy.device).copy_(dy)
+
+
 def attention_matrix(q, k, causal: bool = True):
     """A = softmax(q k^T / sqrt(d)), stored: (B, H, T, d) twice -> (B, H, T, S). For tests and figures; training never forms it."""
     logits = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
@@ -128,7 +145,8 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, q, keys, values, mask, causal: bool):
         """A v: queries (B, H, T, d), keys and values (B, H, S, d) -> (B, H, T, d). `mask` (T, S) is SDPA's: None, boolean or additive."""
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=causal)
+        dropout = self.dropout if self.training else 0.0
+        return InOrder.apply(F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=causal))
 
     def per_head(self, q, v, keys, values, mask, causal: bool):
         """What each head hands to c_proj, (B, H, T, d); v are the values of the queries' own tokens."""

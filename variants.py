@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import CausalSelfAttention, attention_matrix, diffuse
+from model import CausalSelfAttention, InOrder, attention_matrix, diffuse
 
 
 def fused(q, k, v, scale: float, mask, causal: bool, dropout: float):
@@ -25,7 +25,7 @@ def fused(q, k, v, scale: float, mask, causal: bool, dropout: float):
     """
     width = -(-max(q.size(-1), v.size(-1)) // 8) * 8
     padded = (F.pad(part, (0, width - part.size(-1))) for part in (q, k, v))
-    y = F.scaled_dot_product_attention(*padded, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    y = InOrder.apply(F.scaled_dot_product_attention(*padded, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale))
     return y[..., : v.size(-1)]
 
 

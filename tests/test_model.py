@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, CausalSelfAttention, GPTConfig, KVCache, attention_matrix, attention_reference, diffuse
+from model import GPT, CausalSelfAttention, GPTConfig, InOrder, KVCache, attention_matrix, attention_reference, diffuse
 
 TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=4, n_embd=16, bias=True)
 ARMS = {
@@ -176,6 +176,18 @@ def test_position_one_gets_exactly_zero(dtype):
         y = module(torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(8)).to(dtype))
     assert torch.equal(y[:, 0], torch.zeros(3, 16, dtype=dtype))
     assert (y[:, 1:].abs().amax(-1) > 1e-3).all()
+
+
+def test_the_gradient_of_fused_attention_comes_in_the_order_of_its_output():
+    """Behind a slice or a cat it comes in another, which cuDNN's backward kernel misreads."""
+    seen = []
+    y = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
+    turned = y.transpose(1, 2)  # (B, H, T, d), in memory (B, T, H, d)
+    turned.register_hook(lambda g: seen.append(g.stride()))
+    direction = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    InOrder.apply(turned).backward(direction)
+    assert seen == [turned.stride()] != [direction.stride()]
+    assert torch.equal(y.grad, direction.transpose(1, 2))
 
 
 def test_diffusion_leaves_its_arguments_alone():

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from runs import ROOT, build, losses, run, tiny
 from torch.nn import functional as F
 
 import probe
@@ -16,7 +17,7 @@ from checkpoint import load_model
 from configurator import InputError
 from dataset import Tokens
 from model import GPT, ViT
-from tests.test_train import ROOT, build, equal, losses, run, tensors, tiny
+from tests.test_train import equal, tensors
 from tests.test_variants import ALL, ARMS, gpt, plain_matrix, vit
 from train import Diverged, Interrupted, train
 

@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from runs import run, tiny
 
 import evaluate
 import probe
 from checkpoint import load_model
 from configurator import InputError, TrainConfig
 from dataset import Tokens
-from tests.test_train import run, tiny
 
 
 def test_the_report_holds_the_probe(tokens_dir, tmp_path, capsys):
