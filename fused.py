@@ -41,7 +41,7 @@ def _keep(keep_ptr, seed_ptr, threshold, n, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     call = program * BLOCK + tl.arange(0, BLOCK)
     i = program.to(tl.int64) * (8 * BLOCK) + tl.arange(0, BLOCK)
-    words = tl.randint4x(tl.load(seed_ptr), call)
+    words = tl.randint4x(tl.load(seed_ptr), call, n_rounds=7)  # as many as pass BigCrush (Salmon et al. 2011)
     for j in tl.static_range(4):
         word = words[j].to(tl.uint32, bitcast=True)
         tl.store(keep_ptr + i + 2 * j * BLOCK, (word & 0xFFFF) >= threshold, mask=i + 2 * j * BLOCK < n)

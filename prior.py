@@ -120,6 +120,48 @@ def barrier(margins, form: str):
 # The latent-variable model on the embeddings
 
 
+def _pairs(p: int, device):
+    """i and j of the p (p + 1) / 2 distinct entries of a symmetric matrix, and (p, p) where each entry is among them."""
+    i, j = torch.triu_indices(p, p, device=device)
+    place = torch.zeros(p, p, dtype=torch.long, device=device)
+    place[i, j] = place[j, i] = torch.arange(len(i), device=device)
+    return i, j, place
+
+
+class _Products(torch.autograd.Function):
+    """u (..., p) -> u_i u_j (..., p (p + 1) / 2). The gradient is a matrix applied to u: the index_add of autograd's own is slow on a GPU."""
+
+    @staticmethod
+    def forward(ctx, u):
+        i, j, place = _pairs(u.size(-1), u.device)
+        ctx.save_for_backward(u, place)
+        return u.index_select(-1, i) * u.index_select(-1, j)
+
+    @staticmethod
+    def backward(ctx, dy):
+        u, place = ctx.saved_tensors
+        p = len(place)
+        d = dy.index_select(-1, place.flatten()).unflatten(-1, (p, p))
+        return (d * u[..., None, :]).sum(dim=-1) + d.diagonal(dim1=-2, dim2=-1) * u  # twice on the diagonal
+
+
+class _Symmetric(torch.autograd.Function):
+    """Distinct entries (..., p (p + 1) / 2) -> the symmetric matrix (..., p, p), with no index_add behind it either."""
+
+    @staticmethod
+    def forward(ctx, distinct, p):
+        i, j, place = _pairs(p, distinct.device)
+        ctx.save_for_backward(i, j)
+        return distinct.index_select(-1, place.flatten()).unflatten(-1, (p, p))
+
+    @staticmethod
+    def backward(ctx, dy):
+        i, j = ctx.saved_tensors
+        p = dy.size(-1)
+        flat = dy.flatten(-2)
+        return flat.index_select(-1, i * p + j) + flat.index_select(-1, j * p + i) * (i != j), None
+
+
 def moments(q, k, u):
     """Mean and covariance of the past under strict causal attention, from one call of the fused kernel (THEORY section 2).
 
@@ -127,16 +169,12 @@ def moments(q, k, u):
     p (p + 1) / 2 distinct products of its entries.
     """
     p = u.size(-1)
-    i, j = torch.triu_indices(p, p, device=u.device)
-    values = torch.cat((u, u.index_select(-1, i) * u.index_select(-1, j)), dim=-1)
+    values = torch.cat((u, _Products.apply(u)), dim=-1)
     width = values.size(-1)
     values = F.pad(values, (0, -width % 8))  # the fused kernels want such a width
     averages = F.scaled_dot_product_attention(q[:, None, 1:], k[:, None, :-1], values[:, None, :-1], is_causal=True)[:, 0]
     mean, second = averages[..., :p], averages[..., p:width]
-    place = torch.zeros(p, p, dtype=torch.long, device=u.device)
-    place[i, j] = place[j, i] = torch.arange(len(i), device=u.device)
-    second = second.index_select(-1, place.flatten()).unflatten(-1, (p, p))
-    return mean, second - mean[..., :, None] * mean[..., None, :]
+    return mean, _Symmetric.apply(second, p) - mean[..., :, None] * mean[..., None, :]
 
 
 class EmbeddingPrior(nn.Module):

@@ -151,6 +151,12 @@ def test_one_call_gives_the_plain_moments(p):
         torch.testing.assert_close(covariance[b, i - 1], centred.T @ (a[:, None] * centred), rtol=1e-11, atol=1e-12)
 
 
+def test_gradients_of_the_moments():
+    generator = torch.Generator().manual_seed(4)
+    q, k, u = (torch.randn(2, 5, 3, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3))
+    assert torch.autograd.gradcheck(moments, (q, k, u))
+
+
 def test_the_moments_take_one_call_with_only_the_distinct_products(monkeypatch):
     calls, attention = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **o: calls.append(v.shape) or attention(q, k, v, **o))
