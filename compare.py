@@ -552,7 +552,7 @@ def draw_curves(path: Path, results: dict[str, list[dict]]):
 def draw_paired(path: Path, comparison: CompareConfig, arms: dict, pairs: dict):
     """paired.png: arm - baseline for every seed, with mean and 95 % t interval."""
     longest = max(map(len, pairs))
-    figure, axes = plt.subplots(figsize=(max(4.5, 1.6 + 1.6 * len(pairs)), 4.5 if longest < 24 else 6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(min(60, max(4.5, 1.6 + 1.6 * len(pairs))), 4.5 if longest < 24 else 6), layout="constrained")
     for i, pair in enumerate(pairs.values()):
         entry = pair[comparison.endpoint]
         points = entry["differences"]
