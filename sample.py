@@ -119,31 +119,53 @@ class StaticCache(KVCache):
         return keys, values, self.mask, False
 
 
+def one_token_of_model(model: GPT, token, cache: StaticCache):
+    """(B, 1) ids at cache.position, which stays, as does cache.length -> logits (B, vocab_size)."""
+    logits = model(token, cache=cache)[0][:, 0]
+    cache.length -= 1
+    return logits
+
+
+def one_token(model: GPT):
+    """The same by decode.py's kernels, or that, where they do not suit the model."""
+    try:
+        import decode  # needs Triton, which torch brings along on CUDA
+    except ImportError:
+        return one_token_of_model
+    return decode.read_token if decode.suits(model) else one_token_of_model
+
+
 def one_token_graph(model: GPT, cache: StaticCache, finish):
-    """Captures model(token, cache) -> finish(logits) for batch 1 as a CUDA graph. Returns read(token) -> `finish`'s tensor, overwritten each time."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=cache.position.device)
+    """Captures one token -> finish(logits (V,)) for batch 1 as a CUDA graph. Returns read(token) -> that tensor on the CPU, overwritten each time.
+
+    The copies from and to the CPU are in the graph: a token is one launch and one wait.
+    """
+    step, asked = one_token(model), torch.zeros(2, dtype=torch.int64, pin_memory=True)  # token and position
+    here = asked.to(cache.position.device)
+    token, cache.position = here[:1].view(1, 1), here[1:]
 
     def forward():
-        result = finish(model(token, cache=cache)[0][0, 0])
-        cache.length -= 1  # counted by read
-        return result
+        here.copy_(asked, non_blocking=True)
+        return finish(step(model, token, cache)[0])
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         forward()
-        forward()
+        result = forward()
     torch.cuda.current_stream().wait_stream(side)
+    answer = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = forward()
+        answer.copy_(forward(), non_blocking=True)
+    ask = asked.numpy()  # the same memory; writing a tensor's element takes microseconds
 
     def read(value: int):
-        token.fill_(value)
-        cache.position.fill_(cache.length)
+        ask[:] = value, cache.length
         cache.length += 1
         graph.replay()
-        return result
+        torch.cuda.current_stream().synchronize()
+        return answer
 
     return read
 
