@@ -77,10 +77,13 @@ def test_linear_layers_with_what_stands_beside_them(B, K, N, bias, norm, gelu, a
 
 def random_model(dtype=torch.float32, **changes) -> GPT:
     """Weights large enough that every token of the context matters."""
-    model, generator = GPT(GPTConfig(**{"block_size": 7, "vocab_size": 20, "n_layer": 2, "n_head": 3, "n_embd": 12} | changes)), torch.Generator()
+    model, generator = (
+        GPT(GPTConfig(**{"block_size": 7, "vocab_size": 20, "n_layer": 2, "n_head": 3, "n_embd": 12} | changes)),
+        torch.Generator().manual_seed(0),
+    )
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator.manual_seed(parameter.numel())))
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.to(DEVICE, dtype).eval()
 
 
