@@ -23,60 +23,17 @@ from torch.nn import functional as F
 
 from operators import operator
 
+try:
+    import fused_prior
+except ModuleNotFoundError as error:  # CPU builds of torch come without Triton
+    if error.name != "triton":
+        raise
+    fused_prior = None
+
 FLOOR = 1e-6  # smallest pivot: a matrix at the boundary has log |det| around -14 and a finite inverse, so penalty and gradient stay finite
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Many small determinants
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # CPU builds of torch come without it
-    triton = None
-
-if triton:
-
-    @triton.jit
-    def _gauss_jordan(matrices, inverses, logs, signs, p, floor, D: tl.constexpr):
-        """One p x p matrix per program, in registers: inverse in place with column pivots, log |det| and the determinant's sign. D = 2^k >= p."""
-        n = tl.program_id(0).to(tl.int64)
-        i = tl.arange(0, D)
-        row, column = i[:, None], i[None, :]
-        inside = (row < p) & (column < p)
-        a = tl.load(matrices + n * p * p + row * p + column, mask=inside, other=0.0)
-        used = i >= p  # rows that have been a pivot's
-        column_of_row = i  # where row r of the working matrix belongs in the inverse, and
-        row_of_column = i  # where column k does: rows are not moved
-        log = 0.0
-        sign = 1.0
-        for k in range(p):
-            below = tl.sum(tl.where(column == k, a, 0.0), axis=1)  # column k
-            r = tl.argmax(tl.where(used, -1.0, tl.abs(below)), axis=0)
-            beside = tl.sum(tl.where(row == r, a, 0.0), axis=0)  # row r
-            pivot = tl.sum(tl.where(i == k, beside, 0.0), axis=0)
-            pivot = tl.where(tl.abs(pivot) < floor, tl.where(pivot < 0, -floor, floor), pivot)
-            passed = tl.sum(tl.where((i < r) & (used == 0), 1, 0), axis=0)  # rows that a swap would jump over: the permutation's parity
-            sign = sign * tl.where(pivot < 0, -1.0, 1.0) * tl.where(passed % 2 == 1, -1.0, 1.0)
-            log += tl.log(tl.abs(pivot))
-            scaled = tl.where(i == k, 1.0, beside) / pivot
-            a = tl.where(column == k, 0.0, a) - tl.where(row == r, 0.0, below[:, None]) * scaled[None, :]
-            a = tl.where(row == r, scaled[None, :], a)
-            used = used | (i == r)
-            column_of_row = tl.where(i == r, k, column_of_row)
-            row_of_column = tl.where(i == k, r, row_of_column)
-        tl.store(inverses + n * p * p + column_of_row[:, None] * p + row_of_column[None, :], a, mask=inside)
-        tl.store(logs + n, log)
-        tl.store(signs + n, sign)
-
-
-def inverse_by_kernel(matrices):
-    """(N, p, p) float32, p up to 128 -> inverses, log |det| (N,), signs (N,): Gauss-Jordan elimination, one matrix per program of a Triton kernel."""
-    count, p = matrices.shape[:2]
-    inverses, logs = torch.empty_like(matrices), matrices.new_empty(count)
-    signs, D = torch.empty_like(logs), max(2, triton.next_power_of_2(p))
-    _gauss_jordan[(count,)](matrices, inverses, logs, signs, p, FLOOR, D, num_warps=1 if D <= 16 else 4 if D <= 64 else 8)
-    return inverses, logs, signs
-
 
 def inverse_by_lu(matrices):
     """(N, p, p) -> the same by LAPACK's or cuBLAS's LU decomposition, in the dtype given."""
@@ -93,8 +50,8 @@ def inverse_by_lu(matrices):
 def inverse(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(N, p, p) -> inverses, log |det| (N,), sign of det (N,), with no pivot smaller than FLOOR. Nothing waits for the device."""
     matrices = matrices.contiguous()
-    if matrices.is_cuda and triton and matrices.dtype == torch.float32 and matrices.size(-1) <= 128:
-        return inverse_by_kernel(matrices)
+    if fused_prior and matrices.is_cuda and matrices.dtype == torch.float32 and matrices.size(-1) <= 128:
+        return fused_prior.inverse(matrices, FLOOR)
     return inverse_by_lu(matrices)
 
 
@@ -263,8 +220,16 @@ def own_blocks(attention, q, k, v, positions, heads, joint: bool = False):
 
 def own_margins(attention, q, k, v, positions, heads):
     """log |det(I - M_h W_o^h)| of chosen (position, head) pairs, (B, n), and where the determinant is negative. Arguments as for own_blocks."""
+    return [part[0] for part in margins_of_layers([attention], [(q, k, v)], positions[None], heads[None])]
+
+
+def margins_of_layers(attentions, taps, positions, heads):
+    """The same for L layers of one model, each with its q, k, v, and pairs (L, B, n): (L, B, n) twice, by one elimination of all their blocks."""
+    q = taps[0][0]
     with torch.autocast(q.device.type, enabled=False):
-        blocks = own_blocks(attention, q, k, v, positions, heads)
+        if fused_prior and fused_prior.applies(q, attentions[0].c_attn.weight):
+            return fused_prior.own_margins(attentions, taps, positions, heads, FLOOR)
+        blocks = torch.stack([own_blocks(attention, *tap, *pairs) for attention, tap, *pairs in zip(attentions, taps, positions, heads)])
         return log_abs_det(torch.eye(blocks.size(-1), dtype=blocks.dtype, device=blocks.device) - blocks)
 
 
@@ -312,13 +277,11 @@ class Objective(nn.Module):
     def own_attention(self, taps):
         """Margins of drawn (position, head) pairs of each layer that carries the barrier: (layers, B, prior_positions) twice."""
         layers = self.config.prior_layers or range(len(taps))
-        margins = []
-        for layer in layers:
-            q, k, v = (part.detach() for part in taps[layer]) if self.config.prior_detach else taps[layer]
-            B, H, T, _ = q.shape
-            pairs = draw_pairs(B, T, H, min(self.config.prior_positions, T), q.device)
-            margins.append(own_margins(self.model.transformer.h[layer].attn, q, k, v, *pairs))
-        return [torch.stack(part) for part in zip(*margins)]
+        taps = [tuple(part.detach() for part in taps[layer]) if self.config.prior_detach else taps[layer] for layer in layers]
+        B, H, T, _ = taps[0][0].shape
+        pairs = draw_pairs(len(layers) * B, T, H, min(self.config.prior_positions, T), taps[0][0].device)
+        attentions = [self.model.transformer.h[layer].attn for layer in layers]
+        return margins_of_layers(attentions, taps, *(part.unflatten(0, (len(layers), B)) for part in pairs))
 
     def forward(self, inputs, targets):
         config = self.config
