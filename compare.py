@@ -153,6 +153,7 @@ def code_sha256() -> str:
         "variants.py",
         "prior.py",
         "fused.py",
+        "fused_prior.py",
         "operators.py",
         "dataset.py",
         "train.py",

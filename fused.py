@@ -6,7 +6,8 @@ torch.compile fuses element-wise passes well, but leaves these to be won (times 
     dropout                        eight decisions from one Philox call, kept as a byte each, instead of one call per decision and direction
     linear layers                  weights are cast once per step, all together; their gradients leave the product in float32
     GELU                           exact up to 1.5e-7 with one exponential and one division instead of the long erf; kept, not computed again
-    graph diffusion                y - v is kept; v's second gradient is subtracted where dq, dk and dv are gathered, a pass that reads dv anyway
+    graph diffusion                y - v is kept; v's second gradient is subtracted where dq, dk and dv are gathered, a pass that reads dv anyway and
+                                   adds the gradients of taps
     cross-entropy                  the output layer in pieces of CHUNK rows; the pass that computes the loss turns the logits into its gradient in
                                    place, so that neither the 65,536 x 50,304 logits of a GPT-2 step nor their gradient are ever whole
 
@@ -338,37 +339,56 @@ def _(y, v, alpha, lam, heads):
 
 
 @triton.jit
-def _gather(dq_ptr, dk_ptr, dv_ptr, dw_ptr, out_ptr, n, T, coefficient, B_STRIDE, H_STRIDE, T_STRIDE, FIRST: tl.constexpr, D: tl.constexpr,
-            C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """(B, H, T, d) gradients with common strides -> (B, T, 3, H, d); heads from FIRST on give dv - coefficient dw."""
+def _gather(dq_ptr, dk_ptr, dv_ptr, dw_ptr, tq_ptr, tk_ptr, tv_ptr, out_ptr, n, T, coefficient, B_STRIDE, H_STRIDE, T_STRIDE, TAP_B, TAP_H, TAP_T,
+            FIRST: tl.constexpr, TAPPED: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """(B, H, T, d) gradients with common strides -> (B, T, 3, H, d); heads from FIRST on give dv - coefficient dw. Those of taps are added."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]  # (b, t) and (head, channel)
-    head, mask = column // D, (row < n) & (column < C)
-    source = ((row // T).to(tl.int64) * B_STRIDE + (row % T) * T_STRIDE) + (head * H_STRIDE + column % D)
+    b, t, head, e, mask = (row // T).to(tl.int64), row % T, column // D, column % D, (row < n) & (column < C)
+    source = (b * B_STRIDE + t * T_STRIDE) + (head * H_STRIDE + e)
     target = row.to(tl.int64) * (3 * C) + column
-    tl.store(out_ptr + target, tl.load(dq_ptr + source, mask=mask), mask=mask)
-    tl.store(out_ptr + target + C, tl.load(dk_ptr + source, mask=mask), mask=mask)
-    dv = tl.load(dv_ptr + source, mask=mask)
+    dq, dk, dv = tl.load(dq_ptr + source, mask=mask), tl.load(dk_ptr + source, mask=mask), tl.load(dv_ptr + source, mask=mask)
     if FIRST * D < C:
         dw = tl.load(dw_ptr + source, mask=mask & (head >= FIRST), other=0.0)
-        dv = (dv.to(tl.float32) - coefficient * dw.to(tl.float32)).to(dv.dtype)
+        dv = dv.to(tl.float32) - coefficient * dw.to(tl.float32)
+    if TAPPED:
+        tap = (b * TAP_B + t * TAP_T) + (head * TAP_H + e)
+        dq = dq.to(tl.float32) + tl.load(tq_ptr + tap, mask=mask).to(tl.float32)
+        dk = dk.to(tl.float32) + tl.load(tk_ptr + tap, mask=mask).to(tl.float32)
+        dv = dv.to(tl.float32) + tl.load(tv_ptr + tap, mask=mask).to(tl.float32)
+    tl.store(out_ptr + target, dq, mask=mask)
+    tl.store(out_ptr + target + C, dk, mask=mask)
     tl.store(out_ptr + target + 2 * C, dv, mask=mask)
 
 
+def _alike(parts) -> list:
+    """(B, H, T, d) tensors with common strides and contiguous rows."""
+    if any(part.stride() != parts[0].stride() or part.stride(3) != 1 for part in parts):
+        return [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]
+    return parts
+
+
 @operator
-def gather(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dw: torch.Tensor | None, coefficient: float, heads: int) -> torch.Tensor:
-    """Gradients of queries, keys and values, (B, H, T, d) each -> that of their projection, (B, T, 3 C); the last heads give dv - coefficient dw."""
+def gather(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dw: torch.Tensor | None, coefficient: float, heads: int,
+    tq: torch.Tensor | None = None, tk: torch.Tensor | None = None, tv: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Gradients of queries, keys and values, (B, H, T, d) each -> that of their projection, (B, T, 3 C); the last heads give dv - coefficient dw.
+
+    tq, tk, tv: those from elsewhere, which are added.
+    """
     B, H, T, d = dq.shape
-    parts = [dq, dk, dv, dv if dw is None else dw]
-    if any(part.stride() != dq.stride() or part.stride(3) != 1 for part in parts):
-        parts = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]
+    parts = _alike([dq, dk, dv, dv if dw is None else dw])
+    taps = parts[:3] if tq is None else _alike([tq, tk, tv])
     out, tile = torch.empty(B, T, 3 * H * d, dtype=dq.dtype, device=dq.device), _tile(H * d, 4096)
-    first = H if dw is None else H - heads
-    _gather[(triton.cdiv(B * T, tile["ROWS"]),)](*parts, out, B * T, T, coefficient, *parts[0].stride()[:3], FIRST=first, D=d, **tile)
+    _gather[(triton.cdiv(B * T, tile["ROWS"]),)](
+        *parts, *taps, out, B * T, T, coefficient, *parts[0].stride()[:3], *taps[0].stride()[:3],
+        FIRST=H if dw is None else H - heads, TAPPED=tq is not None, D=d, **tile,
+    )  # fmt: skip
     return out
 
 
 @gather.register_fake
-def _(dq, dk, dv, dw, coefficient, heads):
+def _(dq, dk, dv, dw, coefficient, heads, tq=None, tk=None, tv=None):
     B, H, T, d = dq.shape
     return dq.new_empty(B, T, 3 * H * d)
 
@@ -379,30 +399,36 @@ def _heads(qkv, n_head: int):
     return tuple(part.view(B, T, n_head, C3 // 3 // n_head).transpose(1, 2) for part in qkv.split(C3 // 3, dim=2))
 
 
+def _again(*parts):
+    """Views of the same, so that what is done with them has a gradient of its own."""
+    return tuple(part.view_as(part) for part in parts)
+
+
 class _Split(torch.autograd.Function):
-    """(B, T, 3 C) -> q, k, v; one pass gathers their gradients."""
+    """(B, T, 3 C) -> q, k, v, and with `tapped` once more for the taps; one pass gathers their gradients."""
 
     @staticmethod
-    def forward(ctx, qkv, n_head):
-        return _heads(qkv, n_head)
+    def forward(ctx, qkv, n_head, tapped):
+        parts = _heads(qkv, n_head)
+        return parts + _again(*parts) if tapped else parts
 
     @staticmethod
-    def backward(ctx, dq, dk, dv):
-        return gather(dq, dk, dv, None, 0.0, 0), None
+    def backward(ctx, dq, dk, dv, *taps):
+        return gather(dq, dk, dv, None, 0.0, 0, *taps), None, None
 
 
 class _SplitForDiffusion(torch.autograd.Function):
     """The same with v once more, for `_Subtract` alone, whose gradient the pass subtracts."""
 
     @staticmethod
-    def forward(ctx, qkv, n_head, coefficient, heads):
+    def forward(ctx, qkv, n_head, coefficient, heads, tapped):
         ctx.coefficient, ctx.heads = coefficient, heads
-        q, k, v = _heads(qkv, n_head)
-        return q, k, v, v.view_as(v)
+        parts = _heads(qkv, n_head)
+        return parts + _again(parts[2]) + (_again(*parts) if tapped else ())
 
     @staticmethod
-    def backward(ctx, dq, dk, dv, dw):
-        return gather(dq, dk, dv, dw, ctx.coefficient, ctx.heads), None, None, None
+    def backward(ctx, dq, dk, dv, dw, *taps):
+        return gather(dq, dk, dv, dw, ctx.coefficient, ctx.heads, *taps), None, None, None, None
 
 
 class _Subtract(torch.autograd.Function):
@@ -426,12 +452,13 @@ class Attention(CausalSelfAttention):
     def branch(self, x, taps=None):
         """(B, T, C) -> (B, T, C), the passes above around the framework's fused kernel. `taps` as in GPT.forward."""
         qkv = self.c_attn(x)
+        tapped = taps is not None
         if self.diffusing_heads:
-            q, k, v, w = _SplitForDiffusion.apply(qkv, self.n_head, self.alpha * self.lam, self.diffusing_heads)
+            q, k, v, w, *tap = _SplitForDiffusion.apply(qkv, self.n_head, self.alpha * self.lam, self.diffusing_heads, tapped)
         else:
-            q, k, v = _Split.apply(qkv, self.n_head)
-        if taps is not None:
-            taps.append((q, k, v))
+            q, k, v, *tap = _Split.apply(qkv, self.n_head, tapped)
+        if tapped:
+            taps.append(tuple(tap))
         y = self.attend(q, k, v, None, self.causal)
         if self.diffusing_heads:
             y = _Subtract.apply(y, w, self.alpha, self.lam, self.diffusing_heads)

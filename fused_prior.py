@@ -20,7 +20,8 @@ import triton.language as tl
 from operators import operator
 
 GROUPS = 8  # of sequences, in the gradient of the products of weights
-VECTORS, SCALARS = tl.constexpr(5), tl.constexpr(4)  # of a pair: mean of v, mean of k, q_i P_k, q_i, v_i - mean; log-sum-exp, a_i, a_i - alpha, lambda
+VECTORS = tl.constexpr(5)  # of a pair: mean of v, mean of k, q_i P_k, q_i, v_i - mean of v
+SCALARS = tl.constexpr(4)  # log-sum-exp, a_i, a_i - alpha, lambda; the last two without diffusion a_i and 1
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Determinants
@@ -76,7 +77,7 @@ def inverse(matrices, floor: float, num_warps: int | None = None):
 def applies(q, weight) -> bool:
     """Whether the kernels below take such queries (B, H, T, d) and weights."""
     halves = torch.bfloat16, torch.float16, torch.float32
-    return q.is_cuda and q.dtype in halves and weight.dtype == torch.float32 and q.size(-1) in (16, 32, 64, 128)
+    return q.is_cuda and q.dtype in halves and weight.dtype == torch.float32 and q.size(-1) in (16, 32, 64)
 
 
 @triton.jit
@@ -136,9 +137,15 @@ def _blocks(q_ptr, k_ptr, v_ptr, products_ptr, positions_ptr, heads_ptr, matrice
     tl.store(scalars_ptr + 3, factor)
 
 
-def _launch(q, D: int) -> dict:
-    """What the kernels below have in common, for queries of one layer."""
-    return {"D": D, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": 4 if D <= 64 else 8}
+FORMS = {  # of launches; fewer registers than the compiler would take, for a few spills: all programs of a step's launch are there at once
+    "blocks": {"BLOCK": 32, "num_warps": 4, "maxnreg": 128},
+    "margins_backward": {"num_warps": 8},
+    "moments_backward": {"BLOCK": 32, "num_warps": 4, "maxnreg": 168},
+}
+
+
+def _form(kernel: str, half: bool) -> dict:
+    return FORMS[kernel] | {"PRECISION": "tf32" if half else "ieee"}
 
 
 def _rows(*parts):
@@ -149,7 +156,7 @@ def _rows(*parts):
 
 def blocks(q, k, v, products, positions, heads, firsts, alpha: float, lam: float, causal: bool):
     """What `margins` eliminates, I - M_h W_o^h (L, B, n, d, d), from its arguments, and the last three of its results."""
-    (B, H, T, D), n = q[0].shape, positions.size(2)
+    (B, _, T, D), n = q[0].shape, positions.size(2)
     products, positions, heads = products.contiguous(), positions.contiguous(), heads.contiguous()
     matrices, covariances = (products.new_empty(*heads.shape, D, D) for _ in range(2))
     vectors, scalars = products.new_empty(*heads.shape, VECTORS.value, D), products.new_empty(*heads.shape, SCALARS.value)
@@ -158,7 +165,7 @@ def blocks(q, k, v, products, positions, heads, firsts, alpha: float, lam: float
         given, made = (products, positions, heads), (matrices, covariances, vectors, scalars)
         _blocks[(B * n,)](
             *parts, *(part[layer] for part in given + made), T, n, first, alpha, lam, 1 / math.sqrt(D), *strides,
-            CAUSAL=causal, BLOCK=32, **_launch(parts[0], D),
+            CAUSAL=causal, D=D, **_form("blocks", parts[0].dtype != torch.float32),
         )  # fmt: skip
     return matrices, covariances, vectors, scalars
 
@@ -243,7 +250,7 @@ def margins_backward(
     dscalars, dproducts = scalars.new_empty(*heads.shape, 2), products.new_empty(L, H, groups, 3, D, D)
     _margins_backward[(groups, L * H)](
         dlogs, inverses, covariances, vectors, scalars, products, heads, dcovariances, dvectors, dscalars, dproducts,
-        pairs, triton.cdiv(pairs, groups), H, 1 / math.sqrt(D), D=D, PRECISION="tf32" if half else "ieee", num_warps=8 if D <= 64 else 16,
+        pairs, triton.cdiv(pairs, groups), H, 1 / math.sqrt(D), D=D, **_form("margins_backward", half),
     )  # fmt: skip
     return dproducts.sum(dim=2).mT.contiguous(), dcovariances, dvectors, dscalars
 
@@ -269,8 +276,8 @@ def _moments_backward(k_ptr, v_ptr, positions_ptr, heads_ptr, vectors_ptr, scala
     for start in range(0, T, BLOCK):
         at = start + j
         live = at[:, None] < T
-        k = tl.load(k_ptr + at[:, None] * KT + column, mask=live, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + at[:, None] * VT + column, mask=live, other=0.0).to(tl.float32)
+        k_half = tl.load(k_ptr + at[:, None] * KT + column, mask=live, other=0.0)
+        v_half = tl.load(v_ptr + at[:, None] * VT + column, mask=live, other=0.0)
         dk, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
         for pair in range(sequence * n, sequence * n + n):
             position = tl.load(positions_ptr + pair).to(tl.int32)
@@ -282,19 +289,19 @@ def _moments_backward(k_ptr, v_ptr, positions_ptr, heads_ptr, vectors_ptr, scala
                 y, mean_k, q = tl.load(vectors), tl.load(vectors + D), tl.load(vectors + 3 * D)
                 of_v = tl.load(dvectors_ptr + pair * (2 * D) + e)
                 dcovariance = tl.load(dcovariances_ptr + pair * (D * D) + e[:, None] * D + column)  # (f, e)
-                logits = tl.sum(k * q[None, :], axis=1) * scale
-                a = tl.where(at < end, tl.exp(logits - tl.load(scalars_ptr + pair * SCALARS)), 0.0)
-                centred = k - mean_k[None, :]
-                by_v = tl.dot(v - y[None, :], tl.trans(dcovariance), input_precision=PRECISION)  # (j, f)
-                by_k = tl.dot(centred, dcovariance, input_precision=PRECISION) - of_v[None, :]  # (j, e)
+                k, v = k_half.to(tl.float32), v_half.to(tl.float32)
+                a = tl.exp(tl.sum(k * q[None, :], axis=1) * scale - tl.load(scalars_ptr + pair * SCALARS))
+                a = tl.where(at < end, a, 0.0)
                 own = at == position
-                da = tl.sum(by_v * centred, axis=1) - tl.sum(v * of_v[None, :], axis=1) + tl.where(own, tl.load(dscalars_ptr + pair * 2), 0.0)
+                by_v = tl.dot(v - y[None, :], tl.trans(dcovariance), input_precision=PRECISION)  # (j, f)
+                da = tl.sum(by_v * (k - mean_k[None, :]) - v * of_v[None, :], axis=1) + tl.where(own, tl.load(dscalars_ptr + pair * 2), 0.0)
                 dlogits = a * (da - tl.load(dscalars_ptr + pair * 2 + 1)) * scale
                 dk += a[:, None] * by_v + dlogits[:, None] * q[None, :]
-                dv += a[:, None] * by_k + tl.where(own, 1.0, 0.0)[:, None] * of_v[None, :]
                 before = tl.load(dvectors_ptr + pair * (2 * D) + D + e) if start == 0 else tl.load(sums_ptr + pair * D + e)
                 tl.store(sums_ptr + pair * D + e, before + tl.sum(dlogits[:, None] * k, axis=0))
                 tl.debug_barrier()  # the next block's threads read it
+                by_k = tl.dot(k - mean_k[None, :], dcovariance, input_precision=PRECISION)  # (j, e)
+                dv += a[:, None] * by_k + (tl.where(own, 1.0, 0.0) - a)[:, None] * of_v[None, :]
         place = out + at[:, None] * (H * D) + column
         tl.store(dk_ptr + place, dk, mask=live)
         tl.store(dv_ptr + place, dv, mask=live)
@@ -314,7 +321,7 @@ def moments_backward(
     k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], positions: torch.Tensor, heads: torch.Tensor, vectors: torch.Tensor, scalars: torch.Tensor,
     dcovariances: torch.Tensor, dvectors: torch.Tensor, dscalars: torch.Tensor, causal: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of all q, of all k and of all v, (B, H, T, d) each in their dtype and in memory (B, T, H, d), from what `margins_backward` returns."""
+    """Gradients of all q, of all k and of all v, (B, H, T, d) each, in memory (B, T, H, d) and in their dtype, from what `margins_backward` gives."""
     (B, H, T, D), n = k[0].shape, positions.size(2)
     positions, heads = positions.contiguous(), heads.contiguous()
     gradients, sums = [], vectors.new_empty(B, n, D)
@@ -323,8 +330,9 @@ def moments_backward(
         made = [torch.empty(B, T, H, D, dtype=parts[0].dtype, device=parts[0].device) for _ in range(3)]
         given = (part[layer] for part in (positions, heads, vectors, scalars, dcovariances, dvectors, dscalars))
         _moments_backward[(B * H,)](
-            *parts, *given, *made, sums, T, n, H, 1 / math.sqrt(D), *strides, CAUSAL=causal, BLOCK=32, **_launch(parts[0], D)
-        )
+            *parts, *given, *made, sums, T, n, H, 1 / math.sqrt(D), *strides,
+            CAUSAL=causal, D=D, **_form("moments_backward", parts[0].dtype != torch.float32),
+        )  # fmt: skip
         gradients.append([part.transpose(1, 2) for part in made])
     return [part for kind in zip(*gradients) for part in kind]
 

@@ -35,6 +35,7 @@ FLOOR = 1e-6  # smallest pivot: a matrix at the boundary has log |det| around -1
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Many small determinants
 
+
 def inverse_by_lu(matrices):
     """(N, p, p) -> the same by LAPACK's or cuBLAS's LU decomposition, in the dtype given."""
     lu, pivots, _ = torch.linalg.lu_factor_ex(matrices)

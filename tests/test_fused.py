@@ -246,6 +246,7 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
     torch.library.opcheck(fused.gelu_backward, (x, x), test_utils=checks)
     torch.library.opcheck(fused.gather, (x, x, x, x, 1.0, 2), test_utils=checks)
     torch.library.opcheck(fused.gather, (x, x, x, None, 0.0, 0), test_utils=checks)
+    torch.library.opcheck(fused.gather, (x, x, x, x, 1.0, 2, x, x, x), test_utils=checks)
     torch.library.opcheck(fused.subtract, (x, x, 1.0, 1.0, 2), test_utils=checks)
     wide = torch.randn(6, 4, device=DEVICE), torch.randn(9, 4, device=DEVICE), torch.randint(9, (6,), device=DEVICE)
     torch.library.opcheck(fused.output_loss, (*wide, True), test_utils=checks)
@@ -263,7 +264,7 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
 def test_compiling_deep_models_takes_no_exponential_time():
     from torch._inductor.lowering import lowerings
 
-    import prior  # noqa: F401, which declares one more
+    import prior  # noqa: F401, which declares more
 
     operators.make_known()
     assert len(operators.OPERATORS) > 8 and all(known._opoverload in lowerings for known in operators.OPERATORS)

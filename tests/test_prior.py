@@ -81,27 +81,13 @@ def test_log_abs_det_and_its_gradient_are_slogdets(p):
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("p", [2, 3, 8, 11, 16, 32])
-def test_the_kernel_eliminates_as_lapack_does(p):
-    if prior.triton is None:
-        pytest.skip("the kernel needs Triton: pip install -r requirements-dev.txt")
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter (conftest.py)
-    matrices = torch.randn(6, p, p, generator=torch.Generator().manual_seed(p))
-    matrices[0] = torch.eye(p).flip(0)  # pivots off the diagonal throughout
-    inverses, logs, signs = prior.inverse_by_kernel(matrices.to(device))
-    exact = matrices.double()
-    expected = torch.linalg.slogdet(exact)
-    torch.testing.assert_close(logs.cpu().double(), expected.logabsdet, rtol=1e-4, atol=1e-4)
-    assert torch.equal(signs.cpu().double(), expected.sign)
-    product = inverses.cpu().double() @ exact
-    scale = inverses.abs().amax(dim=(1, 2)).cpu().double()[:, None, None]
-    assert ((product - torch.eye(p)).abs() < 1e-5 * p * scale.clamp(min=1)).all()
-
-
 @pytest.mark.parametrize("form", ["logdet", "softplus", "square"])
 @pytest.mark.parametrize("rank", [0, 3, 7])
 def test_at_the_boundary_the_penalty_is_large_and_everything_finite(form, rank):
-    for by in (prior.inverse_by_lu, prior.inverse_by_kernel) if prior.triton and not torch.cuda.is_available() else (prior.inverse_by_lu,):
+    ways = [prior.inverse_by_lu]
+    if prior.fused_prior and not torch.cuda.is_available():
+        ways.append(lambda matrices: prior.fused_prior.inverse(matrices, prior.FLOOR))
+    for by in ways:
         generator = torch.Generator().manual_seed(0)
         low = torch.randn(2, 8, rank, generator=generator) @ torch.randn(2, rank, 8, generator=generator)
         low = torch.cat((low, torch.diag(torch.tensor([0.0, *[1.0] * 7]))[None]))
