@@ -1,12 +1,12 @@
 """The log-barrier of prior.py in Triton: many small determinants, and the blocks of the model's own attention, for CUDA. Elsewhere prior.py does it.
 
-    determinants   Gauss-Jordan elimination in registers, one matrix per program
+    determinants   Gauss-Jordan elimination in registers, one matrix per program, by panels from 64 columns on
     moments        one pass over the keys that a (position, head) pair sees gives Cov(v, k), the mean of v and a_i, straight from the projection's
                    strided output; the same program goes on to I - M_h W_o^h, so that Cov(v, k) is all that is stored for the gradient
     gradients      one program per (layer, head, group of sequences) carries d log |det| to the covariances and sums what the products of weights
                    get; one per (sequence, head) then writes dq, dk and dv, whole rows, without atomics: two runs agree to the last bit
 
-Sums, exponentials and determinants are float32. Products are TF32 for queries, keys and values in half precision, which have no more digits.
+Sums, exponentials and determinants have float32's digits. Products are TF32 for half-precision queries, keys and values, which have no more digits.
 tests/test_fused_prior.py compares each with float64. Notation as in prior.own_blocks; a pair's e is a channel of v, f one of k, m one of u.
 """
 
@@ -19,6 +19,15 @@ import triton.language as tl
 
 from operators import operator
 
+FORMS = {  # of launches; fewer registers than the compiler would take, for a few spills: all programs of a step's launch are there at once
+    **{f"elimination of {D}": {"num_warps": 1} for D in (2, 4, 8, 16, 32)},
+    "elimination of 64": {"WIDTH": 16, "num_warps": 1},
+    "elimination of 128": {"WIDTH": 16, "num_warps": 8},
+    "blocks": {"BLOCK": 32, "num_warps": 4, "maxnreg": 128},
+    "margins_backward": {"num_warps": 8},
+    "moments_backward": {"BLOCK": 32, "num_warps": 4, "maxnreg": 168},
+}
+PANELS = 64  # columns from which the elimination goes by panels
 GROUPS = 8  # of sequences, in the gradient of the products of weights
 VECTORS = tl.constexpr(5)  # of a pair: mean of v, mean of k, q_i P_k, q_i, v_i - mean of v
 SCALARS = tl.constexpr(4)  # log-sum-exp, a_i, a_i - alpha, lambda; the last two without diffusion a_i and 1
@@ -28,25 +37,39 @@ SCALARS = tl.constexpr(4)  # log-sum-exp, a_i, a_i - alpha, lambda; the last two
 
 
 @triton.jit
+def _pivot(below, free, i, floor):
+    """The row of the largest |entry| among those that are free, and that entry, not below `floor`: one reduction, as floats > 0 order as bits do."""
+    key = (tl.abs(below).to(tl.int32, bitcast=True).to(tl.int64) << 8) | ((127 - i) * 2 + (below < 0).to(tl.int32))
+    best = tl.max(tl.where(free, key, -1), axis=0)
+    size = (best >> 8).to(tl.int32).to(tl.float32, bitcast=True)
+    size = tl.where(size < floor, floor, size)
+    return 127 - ((best & 255) >> 1).to(tl.int32), tl.where((best & 1) == 1, -size, size)
+
+
+@triton.jit
+def _finish(a, column_of_row, row_of_column, pivots, inverse_ptr, log_ptr, sign_ptr, p, D: tl.constexpr):
+    """Stores the inverse with its rows and columns in their places, log |det| and the sign, that of the permutation by counting inversions."""
+    i = tl.arange(0, D)
+    row, column = i[:, None], i[None, :]
+    tl.store(inverse_ptr + column_of_row[:, None] * p + row_of_column[None, :], a, mask=(row < p) & (column < p))
+    tl.store(log_ptr, tl.sum(tl.log(tl.abs(pivots)), axis=0))
+    crossed = tl.sum(tl.sum(((row < column) & (column_of_row[:, None] > column_of_row[None, :])).to(tl.int32), axis=1), axis=0)
+    tl.store(sign_ptr, tl.where((crossed + tl.sum((pivots < 0).to(tl.int32), axis=0)) % 2 == 1, -1.0, 1.0))
+
+
+@triton.jit
 def _gauss_jordan(matrices, inverses, logs, signs, p, floor, D: tl.constexpr):
     """One p x p matrix per program, in registers: inverse in place with column pivots, log |det| and the determinant's sign. D = 2^k >= p, <= 128."""
     n = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, D)
     row, column = i[:, None], i[None, :]
-    inside = (row < p) & (column < p)
-    a = tl.load(matrices + n * p * p + row * p + column, mask=inside, other=0.0)
+    a = tl.load(matrices + n * p * p + row * p + column, mask=(row < p) & (column < p), other=0.0)
     column_of_row = tl.where(i < p, -1, i)  # where row r of the working matrix belongs in the inverse, -1 until it has been a pivot's, and
     row_of_column = i  # where column k does: rows are not moved
     pivots = tl.where(i < p, 0.0, 1.0)
     for k in range(p):
         below = tl.sum(tl.where(column == k, a, 0.0), axis=1)  # column k
-        # the largest |entry| of the unused rows, its row and its sign, by one reduction: such floats are ordered as their bits are
-        key = (tl.abs(below).to(tl.int32, bitcast=True).to(tl.int64) << 8) | ((127 - i) * 2 + (below < 0).to(tl.int32))
-        best = tl.max(tl.where(column_of_row < 0, key, -1), axis=0)
-        r = 127 - ((best & 255) >> 1).to(tl.int32)
-        size = (best >> 8).to(tl.int32).to(tl.float32, bitcast=True)
-        size = tl.where(size < floor, floor, size)
-        pivot = tl.where((best & 1) == 1, -size, size)
+        r, pivot = _pivot(below, column_of_row < 0, i, floor)
         scale = 1 / pivot
         beside = tl.sum(tl.where(row == r, a, 0.0), axis=0)  # row r
         beside = tl.where(i == k, 1.0, beside)
@@ -55,18 +78,52 @@ def _gauss_jordan(matrices, inverses, logs, signs, p, floor, D: tl.constexpr):
         pivots = tl.where(i == k, pivot, pivots)
         column_of_row = tl.where(i == r, k, column_of_row)
         row_of_column = tl.where(i == k, r, row_of_column)
-    tl.store(inverses + n * p * p + column_of_row[:, None] * p + row_of_column[None, :], a, mask=inside)
-    tl.store(logs + n, tl.sum(tl.log(tl.abs(pivots)), axis=0))
-    crossed = tl.sum(tl.sum(((row < column) & (column_of_row[:, None] > column_of_row[None, :])).to(tl.int32), axis=1), axis=0)
-    tl.store(signs + n, tl.where((crossed + tl.sum((pivots < 0).to(tl.int32), axis=0)) % 2 == 1, -1.0, 1.0))
+    _finish(a, column_of_row, row_of_column, pivots, inverses + n * p * p, logs + n, signs + n, p, D)
 
 
-def inverse(matrices, floor: float, num_warps: int | None = None):
+@triton.jit
+def _gauss_jordan_by_panels(matrices, inverses, logs, signs, p, floor, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The same, WIDTH columns at a time: their steps on those columns alone, then one product carries them to the others.
+
+    A column in place is what its pivot's row has become, so the panel's steps together are a_rest + panel a_rest[pivot rows], with those rows 0 in
+    a_rest. Three products of TF32 parts keep float32's digits, at a third of the instructions of the steps on the whole matrix.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    i, c = tl.arange(0, D), tl.arange(0, WIDTH)
+    row, column = i[:, None], i[None, :]
+    a = tl.load(matrices + n * p * p + row * p + column, mask=(row < p) & (column < p), other=0.0)
+    column_of_row, row_of_column, pivots = tl.where(i < p, -1, i), i, tl.where(i < p, 0.0, 1.0)
+    for base in range(0, p, WIDTH):
+        mine = (tl.arange(0, D // WIDTH) == base // WIDTH)[None, :, None]
+        panel = tl.sum(tl.where(mine, tl.reshape(a, (D, D // WIDTH, WIDTH)), 0.0), axis=1)
+        rows = tl.zeros((WIDTH,), tl.int32)
+        for turn in range(0, tl.minimum(WIDTH, p - base)):
+            below = tl.sum(tl.where(c[None, :] == turn, panel, 0.0), axis=1)
+            r, pivot = _pivot(below, column_of_row < 0, i, floor)
+            scale = 1 / pivot
+            beside = tl.sum(tl.where(row == r, panel, 0.0), axis=0)
+            beside = tl.where(c == turn, 1.0, beside)
+            below = tl.where(i == r, scale, -below * scale)
+            panel = tl.where((c[None, :] == turn) | (row == r), 0.0, panel) + below[:, None] * beside[None, :]
+            pivots = tl.where(i == base + turn, pivot, pivots)
+            column_of_row = tl.where(i == r, base + turn, column_of_row)
+            row_of_column = tl.where(i == base + turn, r, row_of_column)
+            rows = tl.where(c == turn, r, rows)
+        taken = tl.gather(a, tl.broadcast_to(rows[:, None], (WIDTH, D)), 0)
+        used = (column_of_row >= base) & (column_of_row < base + WIDTH)
+        a = tl.dot(panel, taken, acc=tl.where(used[:, None], 0.0, a), input_precision="tf32x3")
+        wide = tl.reshape(tl.broadcast_to(panel[:, None, :], (D, D // WIDTH, WIDTH)), (D, D))
+        a = tl.where(column // WIDTH == base // WIDTH, wide, a)
+    _finish(a, column_of_row, row_of_column, pivots, inverses + n * p * p, logs + n, signs + n, p, D)
+
+
+def inverse(matrices, floor: float):
     """(N, p, p) float32, p up to 128 -> inverses, log |det| (N,), signs (N,), with no pivot smaller than `floor`."""
     count, p = matrices.shape[:2]
     inverses, logs = torch.empty_like(matrices), matrices.new_empty(count)
     signs, D = torch.empty_like(logs), max(2, triton.next_power_of_2(p))
-    _gauss_jordan[(count,)](matrices, inverses, logs, signs, p, floor, D, num_warps=num_warps or (1 if D <= 32 else 4 if D <= 64 else 8))
+    kernel = _gauss_jordan_by_panels if D >= PANELS else _gauss_jordan
+    kernel[(count,)](matrices, inverses, logs, signs, p, floor, D, **FORMS[f"elimination of {D}"])
     return inverses, logs, signs
 
 
@@ -135,13 +192,6 @@ def _blocks(q_ptr, k_ptr, v_ptr, products_ptr, positions_ptr, heads_ptr, matrice
     tl.store(scalars_ptr + 1, own)
     tl.store(scalars_ptr + 2, coefficient)
     tl.store(scalars_ptr + 3, factor)
-
-
-FORMS = {  # of launches; fewer registers than the compiler would take, for a few spills: all programs of a step's launch are there at once
-    "blocks": {"BLOCK": 32, "num_warps": 4, "maxnreg": 128},
-    "margins_backward": {"num_warps": 8},
-    "moments_backward": {"BLOCK": 32, "num_warps": 4, "maxnreg": 168},
-}
 
 
 def _form(kernel: str, half: bool) -> dict:
