@@ -247,7 +247,7 @@ def test_formats(tmp_path, monkeypatch, make, small):
 
 def test_several_paths_in_the_order_given(tmp_path, monkeypatch):
     monkeypatch.setattr(openwebtext, "GPT2Encoder", ByteEncoder)
-    monkeypatch.setattr(openwebtext, "write_corpus", lambda source, out, num_proc: write_corpus(source, out, num_proc, ByteEncoder))
+    monkeypatch.setattr(openwebtext, "write_corpus", lambda *given, **keys: write_corpus(*given, ByteEncoder, **keys))
     (tmp_path / "b.jsonl").write_bytes(as_jsonl(DOCUMENTS[:7]))
     (tmp_path / "a,c.jsonl").write_bytes(as_jsonl(DOCUMENTS[7:9]))
     (tmp_path / "z.txt").write_bytes(DOCUMENTS[9].encode())
