@@ -4,27 +4,66 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_shakespeare_table_is_the_committed_report():
-    report = json.loads((ROOT / "results" / "shakespeare_char" / "report.json").read_text())
-    assert report["provenance"]["command"] in README
-    for label, name in (("A", "shakespeare_char"), ("A − I", "shakespeare_char_laplacian")):
-        arm = report["arms"][name]
-        columns = (("best_val_loss", 4), ("val_loss", 4), ("best_step", 0))
-        cells = [f"{arm[key]['mean']:.{digits}f} ± {arm[key]['sd']:.{digits}f}" for key, digits in columns]
-        assert f"| {label} | {arm['n']} | {' | '.join(cells)} |" in README
-    pair = report["pairs"]["shakespeare_char_laplacian"]
-    best, last = ([pair[key]["mean"], *pair[key]["interval"]] for key in ("best", "last"))
-    numbers = [f"{value:.4f}".replace("-", "−") for value in best + last]
-    row = "| A − I against A, paired | {} | **{}, 95 % interval {} to {}** | {}, {} to {} | |".format(len(pair["seeds"]), *numbers)
+def report_of(name: str) -> dict:
+    return json.loads((ROOT / "results" / name / "report.json").read_text(encoding="utf-8"))
+
+
+def words(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4f}".replace("-", "−")
+
+
+RESULTS = {  # a row of the first table: the report's directory, A and A - I in it
+    "own rate": ("shakespeare_char_own_rate", "shakespeare_char", "shakespeare_char_laplacian"),
+    "tuned": ("shakespeare_char_tuned", "shakespeare_char_learning_rate=4e-3", "shakespeare_char_laplacian_learning_rate=2e-3"),
+    "quick": ("weight_init_quick", "quick", "quick_laplacian"),
+}
+
+
+@pytest.mark.parametrize("label", RESULTS)
+def test_every_row_of_the_first_table_is_a_committed_report(label):
+    directory, *names = RESULTS[label]
+    report = report_of(directory)
+    arms, pair = [report["arms"][name] for name in names], report["pairs"][names[1]]["best"]
+    assert report["endpoint"] == "best" and report["pairs"][names[1]]["baseline"] == names[0] and not any(arm["diverged"] for arm in arms)
+    cells = [f"{words(arm['best_val_loss']['mean'])} ± {words(arm['best_val_loss']['sd'])}" for arm in arms]
+    low, high = pair["interval"]
+    verdict = "better" if high < 0 else "worse" if low > 0 else "undecided"
+    difference = f"**{words(pair['mean'], '+')} ({words(low, '+')} to {words(high, '+')})**: {verdict}"
+    row = f" | {pair['n']} | {cells[0]} | {cells[1]} | {difference} | [{label}](results/{directory}/report.md) |\n"
     assert row in README
-    assert f"sign-flip p = {pair['best']['sign_flip_p']:.3f}" in README
-    assert sum(difference > 0 for difference in pair["best"]["differences"]) == 1  # "one of the eight seeds goes the other way"
+    assert all(arm["n"] == pair["n"] for arm in arms)
+
+
+def test_the_first_table_has_no_other_rows():
+    table = README[README.index("| question |") : README.index("<img")]
+    assert table.count("\n| ") == len(RESULTS)
+
+
+def test_the_words_about_shakespeare_are_the_committed_reports():
+    own, tuned = (report_of(RESULTS[label][0]) for label in ("own rate", "tuned"))
+    pairs = [report["pairs"][RESULTS[label][2]] for label, report in (("own rate", own), ("tuned", tuned))]
+    assert "lower by {:.3f} at the same rate and by {:.3f} at the tuned ones".format(*(-pair["last"]["mean"] for pair in pairs)) in README
+    assert "sign-flip p = {:.3f}".format(pairs[0]["best"]["sign_flip_p"]) in README
+    assert "the sign turns (p = {:.3f})".format(pairs[1]["best"]["sign_flip_p"]) in README
+    for report, label in ((own, "own rate"), (tuned, "tuned")):
+        assert report["provenance"]["command"] in README
+        a, b = (report["arms"][name]["best_step"]["mean"] for name in RESULTS[label][1:])
+        assert 500 < b - a < 1100  # "about 1000 steps later"
+        assert sum(arm["seconds"]["mean"] * arm["n"] for arm in report["arms"].values()) < 600
+    rates = [report_of(name)["arms"] for name in ("shakespeare_char_rates", "shakespeare_char_rates_more")]
+    for arm, chosen in (("shakespeare_char", "4e-3"), ("shakespeare_char_laplacian", "2e-3")):
+        losses = {
+            name.rpartition("=")[2]: found[name]["best_val_loss"]["mean"] for found in rates for name in found if name.startswith(f"{arm}_learning")
+        }
+        assert len(losses) == 4 and min(losses, key=losses.get) == chosen
+    assert f"({words(losses['1e-3'])} and {words(losses['2e-3'])})" in README
 
 
 def test_every_file_it_links_or_runs_exists():
@@ -52,6 +91,15 @@ def test_the_table_of_pictures_as_tokens_is_the_committed_report():
         assert f"| {labels[kind]} | {' | '.join(counts)} | {' → '.join(ends)} |" in README
 
 
+def test_the_sentence_about_ten_thousand_pictures_is_the_committed_report():
+    report = report_of("unroll_mnist_10000")
+    assert (report["n"], report["config"]["seeds"]) == (10000, 3)
+    before, a, laplacian = (report["summary"][key] for key in ("before", "A, after", "A − I, after"))
+    two, all_dims = ([f"{entry[key]['mean']:.3f}" for entry in (before, laplacian, a)] for key in ("knn_2", "knn"))
+    sentence = "from {} to {} with A − I and to {} with A, all dimensions from {} to {} and {}."
+    assert sentence.format(*two, *all_dims) in README
+
+
 def test_the_numbers_of_the_initial_weights_are_the_committed_report():
     report = json.loads((ROOT / "results" / "weight_init_quick" / "report.json").read_text())
     best = {name: [cell["best_val_loss"] for cell in arm["cells"]] for name, arm in report["arms"].items()}
@@ -75,8 +123,3 @@ def test_the_speed_table_is_the_committed_benchmarks():
     assert f"| a character from the 10.65 M model | {text['A, no cache']} | {text['A']} | {text['A-I']} | |" in README
     assert f"| a token from GPT-2 124M | {gpt2['A, no cache']} | {gpt2['A']} | | transformers with its cache {gpt2['A, transformers']} |" in README
     assert f"to its first iteration | | {start['first iteration']} | | `--help` {start['--help']} |" in README
-
-
-def test_the_quick_recipes_difference_is_the_committed_report():
-    pair = json.loads((ROOT / "results" / "weight_init_quick" / "report.json").read_text())["pairs"]["quick_laplacian"]["best"]
-    assert "behind by {:.4f} ({:.4f} to {:.4f}, three seeds".format(pair["mean"], *pair["interval"]) in README
