@@ -19,6 +19,9 @@ attention reads:
 and per layer (0 is what enters the first block): cosine and cosine_average of the whole sub-layer's update, with the mean of the heads' A, and
 
     effective_rank   exp of the entropy of the singular values of a sequence's normalised tokens (T x C): how many directions they use
+    stream_rms       root mean square of the tokens before the block
+    attention_rms    of what the attention sub-layer adds to them, and
+    mlp_rms          of what the feed-forward sub-layer adds
 """
 
 import sys
@@ -72,7 +75,7 @@ from dataset import write_file
 from model import GPT, ViT, attention_matrix
 
 HEAD = ("cosine", "cosine_average", "entropy", "diagonal", "dirichlet_in", "dirichlet_out")
-LAYER = ("effective_rank", "cosine", "cosine_average")
+LAYER = ("effective_rank", "cosine", "cosine_average", "stream_rms", "attention_rms", "mlp_rms")
 SEQUENCES = 16  # that train.py and evaluate.py look at
 
 
@@ -105,8 +108,9 @@ def mean_cosine(a, b):
 
 
 def measure_block(block, x, x_next) -> tuple[torch.Tensor, torch.Tensor]:
-    """One block on one sequence, x (1, T, C) -> x_next: the values of HEAD, (6, H), and of LAYER, (3,)."""
+    """One block on one sequence, x (1, T, C) -> x_next: the values of HEAD, (6, H), and of LAYER, (6,)."""
     u = block.ln_1(x)
+    attention = block.attn(u)
     A, updates = head_parts(block.attn, u)
     A, updates, u = A[0], updates[0], u[0]
     H, T, _ = A.shape
@@ -119,6 +123,7 @@ def measure_block(block, x, x_next) -> tuple[torch.Tensor, torch.Tensor]:
     heads += tuple(theory.dirichlet_energy(part.expand(H, -1, -1), A) for part in (before, after))
     whole = updates.sum(dim=0)
     layer = (theory.effective_rank(after), mean_cosine(whole, diffusion.mean(dim=0)), mean_cosine(whole, average.mean(dim=0)))
+    layer += tuple(part.square().mean().sqrt() for part in (x, attention, x_next - x - attention))
     return torch.stack(heads), torch.stack(layer)
 
 
@@ -228,11 +233,13 @@ ROWS = (
     ("effective_rank", "effective rank of the tokens"),
     ("entropy", "attention entropy\n(share of the most)"),
     ("diagonal", "diagonal mass of A"),
+    ("attention_share", "RMS of what attention adds,\nas a share of the tokens'"),
+    ("mlp_share", "RMS of what the feed-forward\nlayer adds, likewise"),
 )
 
 
 def curves(rows: list[dict], quantity: str) -> dict[int, list[float]]:
-    """{depth: values over the rows}, mean over heads where there are heads. "smoothing" is dirichlet_out - dirichlet_in."""
+    """{depth: values over the rows}, mean over heads where there are heads. "smoothing" is dirichlet_out - dirichlet_in, a "share" one of stream_rms."""
     found: dict[int, list[float]] = {}
     for row in rows:
         values: dict[int, list[float]] = {}
@@ -241,6 +248,8 @@ def curves(rows: list[dict], quantity: str) -> dict[int, list[float]]:
             value = math.nan if value is None else value
             if quantity == "effective_rank" and words[2:] == ["effective_rank"]:
                 values.setdefault(int(words[1]), []).append(value)
+            elif quantity.endswith("_share") and words[2:] == [quantity.replace("_share", "_rms")]:
+                values.setdefault(int(words[1]), []).append(value / row["values"][f"layer {words[1]} stream_rms"])
             elif len(words) == 5 and words[4] == quantity:
                 values.setdefault(int(words[1]), []).append(value)
             elif quantity == "smoothing" and len(words) == 5 and words[4] == "dirichlet_out":
@@ -291,10 +300,11 @@ def table(values: dict[str, float]) -> str:
     from tabulate import tabulate
 
     rows = [{"step": 0, "values": values}]
-    columns = {quantity: curves(rows, quantity) for quantity in (*HEAD, "effective_rank")}
+    shown = (*HEAD, "attention_share", "mlp_share")
+    columns = {quantity: curves(rows, quantity) for quantity in (*shown, "effective_rank")}
     depth = max(columns["cosine"]) + 1
-    cells = [[layer, *(f"{columns[q][layer][0]:.3f}" for q in HEAD), f"{columns['effective_rank'][layer + 1][0]:.2f}"] for layer in range(depth)]
-    return tabulate(cells, ["layer", *HEAD, "effective_rank after it"], tablefmt="github", disable_numparse=True)
+    cells = [[layer, *(f"{columns[q][layer][0]:.3f}" for q in shown), f"{columns['effective_rank'][layer + 1][0]:.2f}"] for layer in range(depth)]
+    return tabulate(cells, ["layer", *shown, "effective_rank after it"], tablefmt="github", disable_numparse=True)
 
 
 def main(config: ProbeConfig, directories: list[str]):

@@ -86,6 +86,10 @@ def plain_probe(model, inputs) -> dict[str, float]:
             put(f"layer {layer} cosine", cosine(updates[0].sum(0), mean_A @ u - u))
             put(f"layer {layer} cosine_average", cosine(updates[0].sum(0), mean_A @ u))
             put(f"layer {layer + 1} effective_rank", rank(after))
+            middle = x + updates[0].sum(0) + (0 if attn.c_proj.bias is None else attn.c_proj.bias)
+            mlp = block.mlp(block.ln_2(middle))
+            for name, part in (("stream", x), ("attention", middle - x), ("mlp", mlp)):
+                put(f"layer {layer} {name}_rms", math.sqrt(sum(float(row @ row) for row in part) / part.numel()))
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
@@ -94,7 +98,7 @@ def plain_probe(model, inputs) -> dict[str, float]:
 def test_every_value_is_that_of_the_loops(kind, keys):
     model = kind(**keys)
     found, expected = dict(probe.probe(model, [(inputs_of(model),)])), plain_probe(model, inputs_of(model))
-    assert found.keys() == expected.keys() and len(found) == 1 + 2 * (3 + 4 * 6)
+    assert found.keys() == expected.keys() and len(found) == 1 + 2 * (6 + 4 * 6)
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, abs=1e-9), name
 
@@ -217,6 +221,8 @@ def test_curves_are_means_over_heads_per_layer():
     assert probe.curves([row, row], "cosine") == {0: [1.5, 1.5], 1: [7.5, 7.5]}
     assert probe.curves([row], "smoothing") == {0: [1.0], 1: [1.0]}
     assert probe.curves([row], "effective_rank") == {2: [7.0]}
+    row["values"] |= {"layer 1 attention_rms": 1.0, "layer 1 mlp_rms": 6.0, "layer 1 stream_rms": 4.0}
+    assert probe.curves([row], "attention_share") == {1: [0.25]} and probe.curves([row], "mlp_share") == {1: [1.5]}
 
 
 def command(*args) -> subprocess.CompletedProcess:
