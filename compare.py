@@ -7,6 +7,8 @@
 An arm is a config file, in quotes with options of its own; the first arm is the baseline. Options outside the quotes hold for all arms. Seed s of one
 arm is paired with seed s of the baseline: both start from the same weights of the parameters they share and see the same batches.
 
+An arm may start from weights, --init_from=PATH in its quotes; {seed} in the path is the cell's seed: "config/x.py --init_from=runs/seed-{seed}/best".
+
 A cell is one arm with one seed. Its result is written when its run has finished, so a killed comparison continues where it was, and torchrun spreads
 the cells over its processes. Cells made with other keys, data, code or device are refused, never mixed.
 
@@ -65,7 +67,7 @@ def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
     known = ours + [key for key in field_names(TrainConfig) if key != "seed" or ("seed" in dict(options))]
     check_keys([key for key, _ in options], known)
     if "init_from" in dict(options):
-        raise InputError("--init_from is not an option of a comparison: use an arm with init_from=PATH in its config file")
+        raise InputError("--init_from is not an option of a comparison: give it to an arm, in its quotes or its config file")
     comparison = build_config(CompareConfig, [], [(key, value) for key, value in options if key in ours])
     shared = [(key, value) for key, value in options if key not in ours]
     arms = {}
@@ -79,7 +81,8 @@ def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
         for key in ("seed", "out_dir", "overwrite"):
             if key in dict(own + shared):
                 raise InputError(f"--{key} is not for an arm: the comparison has --seeds, --first_seed and an --out_dir of its own")
-        name = re.sub(r"[^\w.=,+-]+", "_", " ".join([Path(file).stem for file in files] + [f"{key}={value}" for key, value in own]))
+        shown = [f"{key}={Path(value).name if key == 'init_from' else value}" for key, value in own]  # a path is too long for a directory's name
+        name = re.sub(r"[^\w.=,+-]+", "_", " ".join([Path(file).stem for file in files] + shown))
         if name in arms:
             raise InputError(f"arm {name!r} is given twice: arms are named by their files and options")
         arms[name] = build_config(TrainConfig, files, shared + own)
@@ -175,6 +178,11 @@ def fingerprint(config: TrainConfig, data: dict, device: str, evaluators: list[s
     return json.loads(json.dumps(everything))  # as it will be read back: tuples are lists
 
 
+def of_seed(config: TrainConfig, seed: int) -> TrainConfig:
+    """The config of one cell: {seed} in init_from is its seed."""
+    return dataclasses.replace(config, init_from=config.init_from.replace("{seed}", str(seed)))
+
+
 def given_weights(init_from: str) -> dict:
     """One checksum of the files that init_from names; nothing for a start from scratch or a name that transformers knows."""
     path = Path(init_from)
@@ -222,8 +230,8 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         if comparison.endpoint in ("top1", "top5") and read_meta(arms[name].dataset)[1]["kind"] != "pictures":
             raise InputError(f"--endpoint={comparison.endpoint} is for pictures: use best or last for --dataset={arms[name].dataset}")
     words = {name: place[name].name().partition(",")[0] for name in arms}
-    expected = {name: fingerprint(config, data[name], words[name], comparison.evaluators) for name, config in arms.items()}
-    there = {cell: read_cell(path[cell], expected[cell[0]]) for cell in cells}  # all are checked before any is run
+    expected = {(name, seed): fingerprint(of_seed(arms[name], seed), data[name], words[name], comparison.evaluators) for name, seed in cells}
+    there = {cell: read_cell(path[cell], expected[cell]) for cell in cells}  # all are checked before any is run
     missing = [cell for cell in cells if there[cell] is None]
     for cell in cells:
         made = there[cell] is not None and "diverged_at" not in there[cell]
@@ -243,9 +251,11 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         began_arm = time.perf_counter()
         kept = comparison.save_checkpoints or not comparison.evaluators  # else last/ is written once, and removed
         changes = {"overwrite": True, "always_save_checkpoint": config.always_save_checkpoint and kept}
-        program = build(dataclasses.replace(config, **changes), place[name])
+        program = build(dataclasses.replace(of_seed(config, own[0][1]), **changes), place[name])
         setup = time.perf_counter() - began_arm
         for cell in own:
+            if config.init_from != of_seed(config, cell[1]).init_from:
+                program = program._replace(weights=checkpoint.starting_weights(of_seed(config, cell[1]))[1])
             try:
                 save = comparison.save_checkpoints or bool(comparison.evaluators)
                 result = train(program, cell[1], path[cell].parent, save=save, quiet=True)
@@ -256,7 +266,7 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
                 result, words = {"diverged_at": error.step}, f"DIVERGED: {error}"
                 forget(comparison, path[cell].parent)
             result |= {"arm": name, "seed": cell[1], "mode": program.mode}
-            write_file(path[cell], (json.dumps({"fingerprint": expected[name], "result": result}, indent=1) + "\n").encode())
+            write_file(path[cell], (json.dumps({"fingerprint": expected[cell], "result": result}, indent=1) + "\n").encode())
             finished += 1
             left = timedelta(seconds=round((time.perf_counter() - began) / finished * (len(mine) - finished)))
             say(f"[{finished}/{len(mine)}] {name}, seed {cell[1]}: {words}" + (f"; left about {left}" if finished < len(mine) else ""))
@@ -268,7 +278,7 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         dist.init_process_group("gloo", timeout=timedelta(days=7))
         dist.barrier()
         dist.destroy_process_group()
-    return {name: [read_cell(path[name, seed], expected[name]) for seed in seeds] for name in arms}
+    return {name: [read_cell(path[name, seed], expected[name, seed]) for seed in seeds] for name in arms}
 
 
 def examine(comparison: CompareConfig, program, directory: Path) -> dict:

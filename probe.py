@@ -239,7 +239,7 @@ ROWS = (
 
 
 def curves(rows: list[dict], quantity: str) -> dict[int, list[float]]:
-    """{depth: values over the rows}, mean over heads where there are heads. "smoothing" is dirichlet_out - dirichlet_in, a "share" one of stream_rms."""
+    """{depth: values over the rows}, a mean over heads if there are some. "smoothing" is dirichlet_out - dirichlet_in, a share is of stream_rms."""
     found: dict[int, list[float]] = {}
     for row in rows:
         values: dict[int, list[float]] = {}

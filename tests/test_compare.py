@@ -386,6 +386,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def test_each_seed_of_an_arm_may_start_from_weights_of_its_own(arms, tmp_path):
+    """Before its first step a cell has the loss that its checkpoint had; another checkpoint in a seed's place is another cell."""
+    before = run(tmp_path / "before", *arms, "--save_checkpoints=True", seeds=2)
+    weights = str(tmp_path / "before" / "cells" / "base" / "seed-{seed}" / "best")
+    own = [f"{arms[0]} --init_from={weights}", f"{arms[1]} --init_from={weights} --diffusion_alpha=0.5"]
+    after = run(tmp_path / "after", *own, "--max_iters=6", "--warmup_iters=1", seeds=2)
+    best = [cell["best_val_loss"] for cell in before["arms"]["base"]["cells"]]
+    plain, halfway = ([cell["curve"][0] for cell in arm["cells"]] for arm in after["arms"].values())
+    assert plain == [[0, loss] for loss in best] and best[0] != best[1]
+    assert all(abs(one[1] - other[1]) > 1e-4 for one, other in zip(plain, halfway))
+    cells = tmp_path / "before" / "cells" / "base"
+    shutil.rmtree(cells / "seed-2" / "best")
+    shutil.copytree(cells / "seed-1" / "best", cells / "seed-2" / "best")
+    with pytest.raises(InputError, match="seed-2.* was made with init_sha256"):
+        run(tmp_path / "after", *own, "--max_iters=6", "--warmup_iters=1", seeds=2)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "kill"])
 def test_a_killed_comparison_goes_on_with_the_cells_that_are_missing(undisturbed, arms, tmp_path, number, capsys):
     finished, report = undisturbed
