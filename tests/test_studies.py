@@ -1,4 +1,4 @@
-"""studies/lambda_map.py on a made-up report."""
+"""The readers of studies/ on made-up reports."""
 
 import importlib.util
 import json
@@ -9,10 +9,17 @@ import pytest
 
 from configurator import InputError
 
-path = Path(__file__).resolve().parents[1] / "studies" / "lambda_map.py"
-spec = importlib.util.spec_from_file_location("lambda_map", path)
-lambda_map = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(lambda_map)
+STUDIES = Path(__file__).resolve().parents[1] / "studies"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, STUDIES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+lambda_map, alpha_curve = load("lambda_map"), load("alpha_curve")
 
 
 def report_of(cells) -> dict:
@@ -52,3 +59,33 @@ def test_what_cannot_be_mapped(tmp_path):
         with pytest.raises(InputError, match=words):
             lambda_map.main([str(tmp_path)])
     assert not (tmp_path / "map.png").exists()
+
+
+def alphas(curves: dict) -> dict:
+    """curves: {alpha: [curve of each seed]}."""
+    arms = {f"arm{alpha}": {"diverged": [], "cells": [{"curve": curve} for curve in some]} for alpha, some in curves.items()}
+    return {"arms": arms, "provenance": {"configs": {f"arm{alpha}": {"diffusion_alpha": alpha, "max_iters": 200} for alpha in curves}}}
+
+
+def test_losses_by_alpha(tmp_path, capsys):
+    report = alphas({1.0: [[[0, 4.0], [200, 2.0]], [[0, 5.0], [200, 2.2]]], 0.0: [[[0, 1.0], [200, 0.9]], [[0, 1.2], [200, 1.0]]]})
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    alpha_curve.main([str(tmp_path)])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "alpha.md").read_text().splitlines()]
+    assert rows[2] == ["0", "1.1000 ± 0.1414", "-", "0.9500 ± 0.0707", "-"]
+    # differences 3.0 and 3.8: mean 3.4, standard error 0.4, and t for one degree of freedom 12.706
+    assert rows[3][:3] == ["1", "4.5000 ± 0.7071", "+3.4000 (-1.6825 to +8.4825)"]
+    assert "after 200 steps" in rows[0][3] and (tmp_path / "alpha.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.strip() == (tmp_path / "alpha.md").read_text().strip()
+
+
+def test_what_is_no_curve(tmp_path):
+    diverged = alphas({0.0: [[[0, 1.0]]], 1.0: [[[0, 1.0]]]})
+    diverged["arms"]["arm1.0"]["diverged"] = [{"seed": 1}]
+    for report, words in ((diverged, "diverged"), (alphas({1.0: [[[0, 1.0]]]}), "diffusion_alpha=0"), ({}, "lacks 'arms'")):
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        with pytest.raises(InputError, match=words):
+            alpha_curve.main([str(tmp_path)])
+    with pytest.raises(InputError, match="name one directory"):
+        alpha_curve.main([])
+    assert not (tmp_path / "alpha.md").exists()

@@ -1,0 +1,94 @@
+"""What subtracting alpha I does to weights trained without it: python studies/alpha_curve.py results/pretrained
+
+Reads report.json of a comparison whose arms start from given weights and differ in diffusion_alpha, and writes alpha.md and alpha.png beside it: the
+validation loss before the first step and after the last, mean and standard deviation over seeds, and its paired difference from alpha = 0 with
+the 95 % t interval.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configurator import InputError, one_line_errors
+
+ENDS = {"as they are": 0, "after fine-tuning": -1}  # which point of a run's curve
+
+
+def read_losses(report: dict) -> dict[float, dict[str, list[float]]]:
+    """{alpha: {end: losses of the seeds}}, alphas ascending. Raises InputError."""
+    found = {}
+    try:
+        for name, arm in report["arms"].items():
+            if arm["diverged"]:
+                raise InputError(f"arm {name} has runs that diverged: their pairs are lost, lower the rate of fine-tuning")
+            alpha = report["provenance"]["configs"][name]["diffusion_alpha"]
+            found[alpha] = {end: [cell["curve"][at][1] for cell in arm["cells"]] for end, at in ENDS.items()}
+    except (KeyError, IndexError, TypeError) as error:
+        raise InputError(f"the report lacks {error}: it is not one of compare.py") from None
+    if 0 not in found or len(found) < 2:
+        raise InputError("no arm of the report has diffusion_alpha=0, or there is no other: nothing to compare with")
+    return dict(sorted(found.items()))
+
+
+def table(losses: dict, steps: int) -> str:
+    """The table as Markdown."""
+    from tabulate import tabulate
+
+    from compare import paired_difference, summary
+
+    rows = []
+    for alpha, ends in losses.items():
+        cells = [f"{alpha:g}"]
+        for end, values in ends.items():
+            whole, pair = summary(values), paired_difference(losses[0][end], values)
+            cells.append(f"{whole['mean']:.4f}" + (f" ± {whole['sd']:.4f}" if whole["sd"] is not None else ""))
+            cells.append("{:+.4f} ({:+.4f} to {:+.4f})".format(pair["mean"], *pair["interval"]) if pair["interval"] else "-")
+        rows.append(cells)
+    headers = ["alpha", "loss of the weights as they are", "against alpha = 0", f"after {steps} steps of fine-tuning", "against alpha = 0"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def draw(path: Path, losses: dict):
+    """alpha.png: both losses over alpha, mean and standard deviation over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from evaluate import save_figure
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for end in ENDS:
+        values = np.array([ends[end] for ends in losses.values()])
+        axes.errorbar(list(losses), values.mean(axis=1), values.std(axis=1, ddof=min(1, values.shape[1] - 1)), fmt="o-", capsize=3, label=end)
+    axes.set(xlabel="α in A − α I, on weights trained with α = 0", ylabel="validation loss (nats per prediction)", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    save_figure(path, figure)
+
+
+def main(arguments: list[str]):
+    """Raises InputError."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise InputError("name one directory with a report.json of compare.py: python studies/alpha_curve.py results/pretrained")
+    folder = Path(arguments[0])
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'report.json'} cannot be read ({type(error).__name__})") from None
+    losses = read_losses(report)
+    from dataset import write_file
+
+    first = next(iter(report["arms"]))
+    text = table(losses, report["provenance"]["configs"][first]["max_iters"])
+    draw(folder / "alpha.png", losses)
+    write_file(folder / "alpha.md", (text + "\n").encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
