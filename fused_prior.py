@@ -3,9 +3,10 @@
     determinants   Gauss-Jordan elimination in registers, one matrix per program, by panels from 64 columns on
     moments        one pass over the keys that a (position, head) pair sees gives Cov(v, k), the mean of v and a_i, straight from the projection's
                    strided output; the same program goes on to I - M_h W_o^h, so that Cov(v, k) is all that is stored for the gradient
-    gradients      one program per (layer, head, group of sequences) carries d log |det| to the covariances and sums what the products of weights
-                   get; one per (sequence, head) then writes dq, dk and dv, whole rows, without atomics: two runs agree to the last bit
+    gradients      one program per pair carries d log |det| to the covariance, one per (layer, head, group of sequences) sums what the products of
+                   weights get; one per (sequence, head, block of keys) then writes dk and dv, and its part of dq, which a last pass adds up
 
+Each is one launch for all layers, without atomics: two runs agree to the last bit.
 Sums, exponentials and determinants have float32's digits. Products are TF32 for half-precision queries, keys and values, which have no more digits.
 tests/test_fused_prior.py compares each with float64. Notation as in prior.own_blocks; a pair's e is a channel of v, f one of k, m one of u.
 """
@@ -19,16 +20,18 @@ import triton.language as tl
 
 from operators import operator
 
-FORMS = {  # of launches; fewer registers than the compiler would take, for a few spills: all programs of a step's launch are there at once
+FORMS = {  # of launches; fewer registers than the compiler would take where more programs at once are worth a few spills
     **{f"elimination of {D}": {"num_warps": 1} for D in (2, 4, 8, 16, 32)},
     "elimination of 64": {"WIDTH": 16, "num_warps": 1},
-    "elimination of 128": {"WIDTH": 16, "num_warps": 8},
+    "elimination of 128": {"WIDTH": 16, "num_warps": 4},
     "blocks": {"BLOCK": 32, "num_warps": 4, "maxnreg": 128},
-    "margins_backward": {"num_warps": 8},
+    "pairs_backward": {"num_warps": 4, "maxnreg": 128},
+    "products_backward": {"num_warps": 8, "maxnreg": 128},
     "moments_backward": {"BLOCK": 32, "num_warps": 4, "maxnreg": 168},
+    "queries_backward": {"num_warps": 1},
 }
 PANELS = 64  # columns from which the elimination goes by panels
-GROUPS = 8  # of sequences, in the gradient of the products of weights
+GROUPS = 16  # of sequences, in the gradient of the products of weights
 VECTORS = tl.constexpr(5)  # of a pair: mean of v, mean of k, q_i P_k, q_i, v_i - mean of v
 SCALARS = tl.constexpr(4)  # log-sum-exp, a_i, a_i - alpha, lambda; the last two without diffusion a_i and 1
 
@@ -37,24 +40,29 @@ SCALARS = tl.constexpr(4)  # log-sum-exp, a_i, a_i - alpha, lambda; the last two
 
 
 @triton.jit
-def _pivot(below, free, i, floor):
-    """The row of the largest |entry| among those that are free, and that entry, not below `floor`: one reduction, as floats > 0 order as bits do."""
-    key = (tl.abs(below).to(tl.int32, bitcast=True).to(tl.int64) << 8) | ((127 - i) * 2 + (below < 0).to(tl.int32))
-    best = tl.max(tl.where(free, key, -1), axis=0)
-    size = (best >> 8).to(tl.int32).to(tl.float32, bitcast=True)
-    size = tl.where(size < floor, floor, size)
-    return 127 - ((best & 255) >> 1).to(tl.int32), tl.where((best & 1) == 1, -size, size)
+def _finish(column_of_row, pivots, log_ptr, sign_ptr, D: tl.constexpr):
+    """log |det| and its sign, that of the permutation by counting inversions."""
+    i = tl.arange(0, D)
+    tl.store(log_ptr, tl.sum(tl.log(tl.abs(pivots)), axis=0))
+    crossed = (i[:, None] < i[None, :]) & (column_of_row[:, None] > column_of_row[None, :])
+    odd = tl.sum(tl.sum(crossed.to(tl.int32), axis=1) + (pivots < 0).to(tl.int32), axis=0) % 2
+    tl.store(sign_ptr, 1.0 - 2.0 * odd)
 
 
 @triton.jit
-def _finish(a, column_of_row, row_of_column, pivots, inverse_ptr, log_ptr, sign_ptr, p, D: tl.constexpr):
-    """Stores the inverse with its rows and columns in their places, log |det| and the sign, that of the permutation by counting inversions."""
-    i = tl.arange(0, D)
-    row, column = i[:, None], i[None, :]
-    tl.store(inverse_ptr + column_of_row[:, None] * p + row_of_column[None, :], a, mask=(row < p) & (column < p))
-    tl.store(log_ptr, tl.sum(tl.log(tl.abs(pivots)), axis=0))
-    crossed = tl.sum(tl.sum(((row < column) & (column_of_row[:, None] > column_of_row[None, :])).to(tl.int32), axis=1), axis=0)
-    tl.store(sign_ptr, tl.where((crossed + tl.sum((pivots < 0).to(tl.int32), axis=0)) % 2 == 1, -1.0, 1.0))
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _key(column, free, i):
+    """Whose maximum names a free row of a largest |entry| but for 2^-15 of it, the first of equals, by its last byte: 255 - row."""
+    return (_bits(column) & 0x7FFFFF00 | 255 - i) & free
+
+
+@triton.jit
+def _from_zero(pivot, floor):
+    return tl.where(tl.abs(pivot) < floor, tl.where(pivot < 0, -floor, floor), pivot)
 
 
 @triton.jit
@@ -66,55 +74,70 @@ def _gauss_jordan(matrices, inverses, logs, signs, p, floor, D: tl.constexpr):
     a = tl.load(matrices + n * p * p + row * p + column, mask=(row < p) & (column < p), other=0.0)
     column_of_row = tl.where(i < p, -1, i)  # where row r of the working matrix belongs in the inverse, -1 until it has been a pivot's, and
     row_of_column = i  # where column k does: rows are not moved
-    pivots = tl.where(i < p, 0.0, 1.0)
+    pivots, free = tl.where(i < p, 0.0, 1.0), tl.where(i < p, -1, 0)
     for k in range(p):
         below = tl.sum(tl.where(column == k, a, 0.0), axis=1)  # column k
-        r, pivot = _pivot(below, column_of_row < 0, i, floor)
-        scale = 1 / pivot
+        r = 255 - (tl.max(_key(below, free, i), axis=0) & 255)
         beside = tl.sum(tl.where(row == r, a, 0.0), axis=0)  # row r
+        pivot = _from_zero(tl.sum(tl.where(i == k, beside, 0.0), axis=0), floor)
+        scale = 1 / pivot
         beside = tl.where(i == k, 1.0, beside)
         below = tl.where(i == r, scale, -below * scale)
         a = tl.where((column == k) | (row == r), 0.0, a) + below[:, None] * beside[None, :]
         pivots = tl.where(i == k, pivot, pivots)
+        free = tl.where(i == r, 0, free)
         column_of_row = tl.where(i == r, k, column_of_row)
         row_of_column = tl.where(i == k, r, row_of_column)
-    _finish(a, column_of_row, row_of_column, pivots, inverses + n * p * p, logs + n, signs + n, p, D)
+    tl.store(inverses + n * p * p + column_of_row[:, None] * p + row_of_column[None, :], a, mask=(row < p) & (column < p))
+    _finish(column_of_row, pivots, logs + n, signs + n, D)
 
 
 @triton.jit
 def _gauss_jordan_by_panels(matrices, inverses, logs, signs, p, floor, D: tl.constexpr, WIDTH: tl.constexpr):
-    """The same, WIDTH columns at a time: their steps on those columns alone, then one product carries them to the others.
+    """The same of the transpose, WIDTH columns at a time: their steps on those columns alone, then products carry them to the other panels.
 
     A column in place is what its pivot's row has become, so the panel's steps together are a_rest + panel a_rest[pivot rows], with those rows 0 in
-    a_rest. Three products of TF32 parts keep float32's digits, at a third of the instructions of the steps on the whole matrix.
+    a_rest. Three products of TF32 parts keep float32's digits. The panels go round, the first is the one in work; p is filled up to D with 1s.
+    A gather along rows has its tensor laid out by rows, whole ones per thread, so that steps cost one reduction and one broadcast within the warp:
+    the gather that changes nothing is there for that, and with `turn` known to the compiler an entry of a row is a register, not a sum.
     """
     n = tl.program_id(0).to(tl.int64)
     i, c = tl.arange(0, D), tl.arange(0, WIDTH)
-    row, column = i[:, None], i[None, :]
-    a = tl.load(matrices + n * p * p + row * p + column, mask=(row < p) & (column < p), other=0.0)
-    column_of_row, row_of_column, pivots = tl.where(i < p, -1, i), i, tl.where(i < p, 0.0, 1.0)
-    for base in range(0, p, WIDTH):
-        mine = (tl.arange(0, D // WIDTH) == base // WIDTH)[None, :, None]
-        panel = tl.sum(tl.where(mine, tl.reshape(a, (D, D // WIDTH, WIDTH)), 0.0), axis=1)
-        rows = tl.zeros((WIDTH,), tl.int32)
-        for turn in range(0, tl.minimum(WIDTH, p - base)):
-            below = tl.sum(tl.where(c[None, :] == turn, panel, 0.0), axis=1)
-            r, pivot = _pivot(below, column_of_row < 0, i, floor)
+    row, column = i[:, None], c[None, :]
+    panels = ()
+    for base in tl.static_range(0, D, WIDTH):
+        to = base + column
+        one = tl.where(row == to, 1.0, 0.0)
+        panels = panels + (tl.load(matrices + n * p * p + to * p + row, mask=(row < p) & (to < p), other=one),)
+    column_of_row, pivots, free = tl.zeros((D,), tl.int32), tl.zeros((D,), tl.float32), tl.full((D,), -1, tl.int32)
+    for base in range(0, D, WIDTH):
+        panel, rows = tl.gather(panels[0], tl.broadcast_to(row, (D, WIDTH)), 0), tl.zeros((1, WIDTH), tl.int32)
+        for turn in tl.static_range(WIDTH):
+            now = column == turn
+            below = tl.sum(tl.where(now, _bits(panel), 0), axis=1).to(tl.float32, bitcast=True)  # column `turn`; sums of int have no rounding to obey
+            r = 255 - (tl.max(_key(below, free, i), axis=0) & 255)
+            beside = tl.gather(panel, tl.full((1, WIDTH), r, tl.int32), 0)  # row r
+            pivot = _from_zero(tl.sum(tl.sum(tl.where(now, _bits(beside), 0), axis=1), axis=0).to(tl.float32, bitcast=True), floor)
             scale = 1 / pivot
-            beside = tl.sum(tl.where(row == r, panel, 0.0), axis=0)
-            beside = tl.where(c == turn, 1.0, beside)
             below = tl.where(i == r, scale, -below * scale)
-            panel = tl.where((c[None, :] == turn) | (row == r), 0.0, panel) + below[:, None] * beside[None, :]
-            pivots = tl.where(i == base + turn, pivot, pivots)
-            column_of_row = tl.where(i == r, base + turn, column_of_row)
-            row_of_column = tl.where(i == base + turn, r, row_of_column)
-            rows = tl.where(c == turn, r, rows)
-        taken = tl.gather(a, tl.broadcast_to(rows[:, None], (WIDTH, D)), 0)
-        used = (column_of_row >= base) & (column_of_row < base + WIDTH)
-        a = tl.dot(panel, taken, acc=tl.where(used[:, None], 0.0, a), input_precision="tf32x3")
-        wide = tl.reshape(tl.broadcast_to(panel[:, None, :], (D, D // WIDTH, WIDTH)), (D, D))
-        a = tl.where(column // WIDTH == base // WIDTH, wide, a)
-    _finish(a, column_of_row, row_of_column, pivots, inverses + n * p * p, logs + n, signs + n, p, D)
+            panel = tl.where(now | (row == r), 0.0, panel) + below[:, None] * tl.where(now, 1.0, beside)
+            pivots = tl.where(i == r, pivot, pivots)
+            free = tl.where(i == r, 0, free)
+            rows = tl.where(now, r, rows)
+        mine = row == rows
+        column_of_row += tl.sum(tl.where(mine, base + column, 0), axis=1)
+        used = tl.sum(mine.to(tl.int32), axis=1)[:, None] > 0
+        others = ()
+        for other in tl.static_range(1, D // WIDTH):
+            taken = tl.gather(panels[other], tl.broadcast_to(tl.reshape(rows, (WIDTH, 1)), (WIDTH, WIDTH)), 0)
+            rest = tl.where(used, 0.0, panels[other])
+            others = others + (tl.dot(panel, taken, acc=rest, input_precision="tf32x3"),)
+        panels = others + (panel,)
+    to = column_of_row[:, None]
+    for turn in tl.static_range(D // WIDTH):
+        rows = tl.sum(tl.where(to == turn * WIDTH + column, row, 0), axis=0)[None, :]
+        tl.store(inverses + n * p * p + rows * p + to, panels[turn], mask=(rows < p) & (to < p))
+    _finish(column_of_row, pivots, logs + n, signs + n, D)
 
 
 def inverse(matrices, floor: float):
@@ -138,12 +161,28 @@ def applies(q, weight) -> bool:
 
 
 @triton.jit
-def _blocks(q_ptr, k_ptr, v_ptr, products_ptr, positions_ptr, heads_ptr, matrices_ptr, covariances_ptr, vectors_ptr, scalars_ptr,
-            T, n, first, alpha, lam, scale, QB, QH, QT, KB, KH, KT, VB, VH, VT,
+def _of(parts, layer):
+    """The layer's of a tuple."""
+    mine = parts[0]
+    for other in tl.static_range(1, len(parts)):
+        mine = tl.where(layer == other, parts[other], mine)
+    return mine
+
+
+@triton.jit
+def _blocks(qs, ks, vs, products_ptr, positions_ptr, heads_ptr, matrices_ptr, covariances_ptr, vectors_ptr, scalars_ptr,
+            B, H, T, n, firsts, alpha, lam, scale, QB, QH, QT, KB, KH, KT, VB, VH, VT,
             CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One pair: online softmax over the keys it sees -> I - M_h W_o^h, Cov(v, k), VECTORS and SCALARS. Heads from `first` on diffuse."""
-    pair = tl.program_id(0).to(tl.int64)
-    sequence, position, head = pair // n, tl.load(positions_ptr + pair), tl.load(heads_ptr + pair)
+    """One pair: online softmax over the keys it sees -> I - M_h W_o^h, Cov(v, k), VECTORS and SCALARS. Heads from a layer's first on diffuse.
+
+    A sequence's last pairs come first: where positions grow with the pairs, the longest programs do.
+    """
+    sequences = tl.num_programs(0) // n  # of all layers
+    which = tl.program_id(0) % sequences
+    pair = which.to(tl.int64) * n + n - 1 - tl.program_id(0) // sequences
+    layer, sequence = which // B, (which % B).to(tl.int64)
+    position, head = tl.load(positions_ptr + pair), tl.load(heads_ptr + pair)
+    q_ptr, k_ptr, v_ptr, first = _of(qs, layer), _of(ks, layer), _of(vs, layer), _of(firsts, layer)
     e, j = tl.arange(0, D), tl.arange(0, BLOCK)
     row, column = e[:, None], e[None, :]
     k_ptr += sequence * KB + head * KH
@@ -172,7 +211,7 @@ def _blocks(q_ptr, k_ptr, v_ptr, products_ptr, positions_ptr, heads_ptr, matrice
     own = tl.exp(tl.sum(k * q, axis=0) * scale - largest) / total
     centred = tl.load(v_ptr + position * VT + e).to(tl.float32) - y
 
-    products_ptr += head * (3 * D * D) + row * D + column
+    products_ptr += (layer * H + head) * (3 * D * D) + row * D + column
     u = tl.sum(q[:, None] * tl.load(products_ptr + D * D), axis=0) * scale
     diffuses = head >= first
     coefficient, factor = tl.where(diffuses, own - alpha, own), tl.where(diffuses, lam, 1.0)
@@ -198,25 +237,26 @@ def _form(kernel: str, half: bool) -> dict:
     return FORMS[kernel] | {"PRECISION": "tf32" if half else "ieee"}
 
 
-def _rows(*parts):
-    """(B, H, T, d) tensors of which each row is contiguous, and all their other strides."""
-    parts = [part if part.stride(3) == 1 else part.contiguous() for part in parts]
-    return parts, [stride for part in parts for stride in part.stride()[:3]]
+def _rows(*kinds):
+    """(B, H, T, d) tensors of all layers, tuples of those of a kind: with contiguous rows and the same strides in all layers, and these strides."""
+    kinds = [tuple(kind) for kind in kinds]
+    alike = (kind[0].stride(3) == 1 and len({part.stride() for part in kind}) == 1 for kind in kinds)
+    kinds = [kind if good else tuple(part.clone(memory_format=torch.contiguous_format) for part in kind) for kind, good in zip(kinds, alike)]
+    return kinds, [stride for kind in kinds for stride in kind[0].stride()[:3]]
 
 
 def blocks(q, k, v, products, positions, heads, firsts, alpha: float, lam: float, causal: bool):
     """What `margins` eliminates, I - M_h W_o^h (L, B, n, d, d), from its arguments, and the last three of its results."""
-    (B, _, T, D), n = q[0].shape, positions.size(2)
+    (B, H, T, D), n = q[0].shape, positions.size(2)
     products, positions, heads = products.contiguous(), positions.contiguous(), heads.contiguous()
     matrices, covariances = (products.new_empty(*heads.shape, D, D) for _ in range(2))
     vectors, scalars = products.new_empty(*heads.shape, VECTORS.value, D), products.new_empty(*heads.shape, SCALARS.value)
-    for layer, (parts, first) in enumerate(zip(zip(q, k, v), firsts)):
-        parts, strides = _rows(*parts)
-        given, made = (products, positions, heads), (matrices, covariances, vectors, scalars)
-        _blocks[(B * n,)](
-            *parts, *(part[layer] for part in given + made), T, n, first, alpha, lam, 1 / math.sqrt(D), *strides,
-            CAUSAL=causal, D=D, **_form("blocks", parts[0].dtype != torch.float32),
-        )  # fmt: skip
+    parts, strides = _rows(q, k, v)
+    _blocks[(heads.numel(),)](
+        *parts, products, positions, heads, matrices, covariances, vectors, scalars,
+        B, H, T, n, tuple(firsts), alpha, lam, 1 / math.sqrt(D), *strides,
+        CAUSAL=causal, D=D, **_form("blocks", q[0].dtype != torch.float32),
+    )  # fmt: skip
     return matrices, covariances, vectors, scalars
 
 
@@ -243,43 +283,52 @@ def _(q, k, v, products, positions, heads, firsts, alpha, lam, causal, floor):
 
 
 @triton.jit
-def _margins_backward(dlogs_ptr, inverses_ptr, covariances_ptr, vectors_ptr, scalars_ptr, products_ptr, heads_ptr, dcovariances_ptr, dvectors_ptr,
-                     dscalars_ptr, dproducts_ptr, n, per, H, scale, D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """A group of pairs of one layer, those of one head: d log |det| -> what `_moments_backward` reads, and the sum for the products, transposed.
+def _pairs_backward(dlogs_ptr, inverses_ptr, covariances_ptr, vectors_ptr, scalars_ptr, products_ptr, heads_ptr, dcovariances_ptr, dvectors_ptr,
+                    dscalars_ptr, per_layer, H, scale, D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One pair: d log |det| -> what `_moments_backward` reads. With w = -lambda dlog, the gradient of M_h W_o^h is w inverse^T, (e, m)."""
+    pair, i = tl.program_id(0).to(tl.int64), tl.arange(0, D)
+    down, across = i[:, None] * D + i[None, :], i[None, :] * D + i[:, None]
+    products_ptr += (pair // per_layer * H + tl.load(heads_ptr + pair)) * (3 * D * D)
+    inverse = tl.load(inverses_ptr + pair * D * D + down)  # (m, e)
+    at = vectors_ptr + pair * (VECTORS * D) + i
+    y, u, centred = tl.load(at), tl.load(at + 2 * D), tl.load(at + 4 * D)
+    own, w = tl.load(scalars_ptr + pair * SCALARS + 1), -tl.load(scalars_ptr + pair * SCALARS + 3) * tl.load(dlogs_ptr + pair)
+    dcovariance = w * tl.dot(tl.load(products_ptr + down) * scale, inverse, input_precision=PRECISION)  # (f, e), transposed
+    tl.store(dcovariances_ptr + pair * D * D + down, dcovariance)
+    inner = tl.sum(tl.sum(dcovariance * tl.load(covariances_ptr + pair * D * D + across), axis=1), axis=0)
+    by_u = w * tl.sum(inverse * u[:, None], axis=0)  # (e)
+    du = w * own * tl.sum(inverse * centred[None, :], axis=1)  # (m)
+    dq = scale * tl.sum(tl.load(products_ptr + D * D + down) * du[None, :], axis=1)  # (f)
+    down_own = tl.sum(by_u * centred, axis=0) + w * tl.sum(tl.sum(inverse * tl.load(products_ptr + 2 * D * D + across), axis=1), axis=0)
+    dv = own * by_u  # of v_i; of y its negative
+    tl.store(dvectors_ptr + pair * (2 * D) + i, dv)
+    tl.store(dvectors_ptr + pair * (2 * D) + D + i, dq)
+    tl.store(dscalars_ptr + pair * 2, down_own)
+    tl.store(dscalars_ptr + pair * 2 + 1, inner - tl.sum(dv * y, axis=0) + own * down_own)  # sum_j a_j da_j
 
-    With w = -lambda dlog, the gradient of M_h W_o^h is w inverse^T, (e, m).
-    """
+
+@triton.jit
+def _products_backward(dlogs_ptr, inverses_ptr, covariances_ptr, vectors_ptr, scalars_ptr, heads_ptr, dproducts_ptr, per_layer, per, H, scale,
+                       D: tl.constexpr, PER: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A group of pairs of one layer, those of one head: the sum for the products of weights, transposed."""
     group, head = tl.program_id(0), tl.program_id(1) % H
     layer = (tl.program_id(1) // H).to(tl.int64)
-    i = tl.arange(0, D)
-    row, column = i[:, None], i[None, :]
-    products_ptr += (layer * H + head) * (3 * D * D)
-    down, across = row * D + column, column * D + row
+    i, j = tl.arange(0, D), tl.arange(0, PER)
+    down = i[:, None] * D + i[None, :]
+    first = layer * per_layer + group * per
+    here = (tl.load(heads_ptr + first + j, mask=(j < per) & (group * per + j < per_layer), other=-1) == head).to(tl.int32)
     dp_q, dp_k, dp_v = tl.zeros((D, D), tl.float32), tl.zeros((D, D), tl.float32), tl.zeros((D, D), tl.float32)
-    for turn in range(group * per, tl.minimum(group * per + per, n)):
-        pair = layer * n + turn
-        if tl.load(heads_ptr + pair) == head:
-            inverse, covariance = tl.load(inverses_ptr + pair * D * D + down), tl.load(covariances_ptr + pair * D * D + down)  # (m, e), (e, f)
-            at = vectors_ptr + pair * (VECTORS * D) + i
-            y, u, q, centred = tl.load(at), tl.load(at + 2 * D), tl.load(at + 3 * D), tl.load(at + 4 * D)
-            own, coefficient = tl.load(scalars_ptr + pair * SCALARS + 1), tl.load(scalars_ptr + pair * SCALARS + 2)
-            w = -tl.load(scalars_ptr + pair * SCALARS + 3) * tl.load(dlogs_ptr + pair)
-            dcovariance = w * tl.dot(tl.load(products_ptr + down) * scale, inverse, input_precision=PRECISION)  # (f, e), transposed
-            tl.store(dcovariances_ptr + pair * D * D + down, dcovariance)
-            both = w * scale * tl.dot(inverse, covariance, input_precision=PRECISION)  # (m, f)
-            inner = tl.sum(tl.sum(both * tl.load(products_ptr + across), axis=1), axis=0)  # <dCov, Cov>
-            dp_q += both
-            dp_v += w * coefficient * inverse
-            by_u = w * tl.sum(inverse * u[:, None], axis=0)  # (e)
-            du = w * own * tl.sum(inverse * centred[None, :], axis=1)  # (m)
-            dp_k += scale * du[:, None] * q[None, :]
-            dq = scale * tl.sum(tl.load(products_ptr + D * D + down) * du[None, :], axis=1)  # (f)
-            down_own = tl.sum(by_u * centred, axis=0) + w * tl.sum(tl.sum(inverse * tl.load(products_ptr + 2 * D * D + across), axis=1), axis=0)
-            dv = own * by_u  # of v_i; of y its negative
-            tl.store(dvectors_ptr + pair * (2 * D) + i, dv)
-            tl.store(dvectors_ptr + pair * (2 * D) + D + i, dq)
-            tl.store(dscalars_ptr + pair * 2, down_own)
-            tl.store(dscalars_ptr + pair * 2 + 1, inner - tl.sum(dv * y, axis=0) + own * down_own)  # sum_j a_j da_j
+    for _ in range(tl.sum(here, axis=0)):
+        turn = PER - tl.max(here * (PER - j), axis=0)
+        here = tl.where(j == turn, 0, here)
+        pair = first + turn
+        inverse, covariance = tl.load(inverses_ptr + pair * D * D + down), tl.load(covariances_ptr + pair * D * D + down)  # (m, e), (e, f)
+        q, centred = tl.load(vectors_ptr + pair * (VECTORS * D) + 3 * D + i), tl.load(vectors_ptr + pair * (VECTORS * D) + 4 * D + i)
+        own, coefficient = tl.load(scalars_ptr + pair * SCALARS + 1), tl.load(scalars_ptr + pair * SCALARS + 2)
+        inverse *= -tl.load(scalars_ptr + pair * SCALARS + 3) * tl.load(dlogs_ptr + pair)
+        dp_q = tl.dot(inverse * scale, covariance, acc=dp_q, input_precision=PRECISION)  # (m, f)
+        dp_k += (scale * own * tl.sum(inverse * centred[None, :], axis=1))[:, None] * q[None, :]
+        dp_v += coefficient * inverse
     dproducts_ptr += ((layer * H + head) * tl.num_programs(0) + group) * (3 * D * D) + down
     tl.store(dproducts_ptr, dp_q)
     tl.store(dproducts_ptr + D * D, dp_k)
@@ -295,13 +344,16 @@ def margins_backward(
     sum_j a_j da_j (L, B, n, 2)."""
     (L, H, _, D, _), pairs = products.shape, heads[0].numel()
     dlogs, products, heads = dlogs.contiguous(), products.contiguous(), heads.contiguous()
-    groups = min(GROUPS, pairs)
+    groups, scale = min(GROUPS, pairs), 1 / math.sqrt(D)
     dcovariances, dvectors = torch.empty_like(covariances), vectors.new_empty(*heads.shape, 2, D)
     dscalars, dproducts = scalars.new_empty(*heads.shape, 2), products.new_empty(L, H, groups, 3, D, D)
-    _margins_backward[(groups, L * H)](
-        dlogs, inverses, covariances, vectors, scalars, products, heads, dcovariances, dvectors, dscalars, dproducts,
-        pairs, triton.cdiv(pairs, groups), H, 1 / math.sqrt(D), D=D, **_form("margins_backward", half),
-    )  # fmt: skip
+    given, per = (dlogs, inverses, covariances, vectors, scalars), triton.cdiv(pairs, groups)
+    _pairs_backward[(heads.numel(),)](
+        *given, products, heads, dcovariances, dvectors, dscalars, pairs, H, scale, D=D, **_form("pairs_backward", half)
+    )
+    _products_backward[(groups, L * H)](
+        *given, heads, dproducts, pairs, per, H, scale, D=D, PER=triton.next_power_of_2(per), **_form("products_backward", half)
+    )
     return dproducts.sum(dim=2).mT.contiguous(), dcovariances, dvectors, dscalars
 
 
@@ -313,84 +365,88 @@ def _(dlogs, inverses, covariances, vectors, scalars, products, heads, half):
 
 
 @triton.jit
-def _moments_backward(k_ptr, v_ptr, positions_ptr, heads_ptr, vectors_ptr, scalars_ptr, dcovariances_ptr, dvectors_ptr, dscalars_ptr, dq_ptr, dk_ptr,
-                      dv_ptr, sums_ptr, T, n, H, scale, KB, KH, KT, VB, VH, VT,
-                      CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One (sequence, head): its rows of dq, dk and dv, (B, T, H, d) each, from all pairs that are there. sums (B, n, d) are those of dq."""
-    sequence, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    e, j = tl.arange(0, D), tl.arange(0, BLOCK)
-    column = e[None, :]
-    k_ptr += sequence * KB + head * KH
-    v_ptr += sequence * VB + head * VH
-    out = (sequence * T * H + head) * D
-    for start in range(0, T, BLOCK):
-        at = start + j
-        live = at[:, None] < T
-        k_half = tl.load(k_ptr + at[:, None] * KT + column, mask=live, other=0.0)
-        v_half = tl.load(v_ptr + at[:, None] * VT + column, mask=live, other=0.0)
-        dk, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
-        for pair in range(sequence * n, sequence * n + n):
-            position = tl.load(positions_ptr + pair).to(tl.int32)
-            end = T
-            if CAUSAL:
-                end = position + 1
-            if (tl.load(heads_ptr + pair) == head) & (start < end):
-                vectors = vectors_ptr + pair * (VECTORS * D) + e
-                y, mean_k, q = tl.load(vectors), tl.load(vectors + D), tl.load(vectors + 3 * D)
-                of_v = tl.load(dvectors_ptr + pair * (2 * D) + e)
-                dcovariance = tl.load(dcovariances_ptr + pair * (D * D) + e[:, None] * D + column)  # (f, e)
-                k, v = k_half.to(tl.float32), v_half.to(tl.float32)
-                a = tl.exp(tl.sum(k * q[None, :], axis=1) * scale - tl.load(scalars_ptr + pair * SCALARS))
-                a = tl.where(at < end, a, 0.0)
-                own = at == position
-                by_v = tl.dot(v - y[None, :], tl.trans(dcovariance), input_precision=PRECISION)  # (j, f)
-                da = tl.sum(by_v * (k - mean_k[None, :]) - v * of_v[None, :], axis=1) + tl.where(own, tl.load(dscalars_ptr + pair * 2), 0.0)
-                dlogits = a * (da - tl.load(dscalars_ptr + pair * 2 + 1)) * scale
-                dk += a[:, None] * by_v + dlogits[:, None] * q[None, :]
-                before = tl.load(dvectors_ptr + pair * (2 * D) + D + e) if start == 0 else tl.load(sums_ptr + pair * D + e)
-                tl.store(sums_ptr + pair * D + e, before + tl.sum(dlogits[:, None] * k, axis=0))
-                tl.debug_barrier()  # the next block's threads read it
-                by_k = tl.dot(k - mean_k[None, :], dcovariance, input_precision=PRECISION)  # (j, e)
-                dv += a[:, None] * by_k + (tl.where(own, 1.0, 0.0) - a)[:, None] * of_v[None, :]
-        place = out + at[:, None] * (H * D) + column
-        tl.store(dk_ptr + place, dk, mask=live)
-        tl.store(dv_ptr + place, dv, mask=live)
-        tl.store(dq_ptr + place, tl.zeros((BLOCK, D), tl.float32), mask=live)
-    tl.debug_barrier()
-    for pair in range(sequence * n, sequence * n + n):
-        if tl.load(heads_ptr + pair) == head:
-            position, dq = tl.load(positions_ptr + pair), tl.zeros((D,), tl.float32)
-            for other in range(sequence * n, sequence * n + n):  # a pair may be there twice
-                if (tl.load(heads_ptr + other) == head) & (tl.load(positions_ptr + other) == position):
-                    dq += tl.load(sums_ptr + other * D + e)
-            tl.store(dq_ptr + out + position * (H * D) + e, dq)
+def _moments_backward(ks, vs, positions_ptr, heads_ptr, vectors_ptr, scalars_ptr, dcovariances_ptr, dvectors_ptr, dscalars_ptr, gradients_ptr,
+                      sums_ptr, B, H, T, n, scale, KB, KH, KT, VB, VH, VT,
+                      CAUSAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A block of keys of one (sequence, head): its rows of dk and dv from all pairs there, 0 for those of dq, and what each pair's dq gets."""
+    which, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    layer, sequence = tl.program_id(0) // H // B, which % B
+    e, t, j = tl.arange(0, D), tl.arange(0, N), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column, live = e[None, :], (j < T)[:, None]
+    positions = tl.load(positions_ptr + which * n + t, mask=t < n, other=0).to(tl.int32)
+    here = (tl.load(heads_ptr + which * n + t, mask=t < n, other=-1) == head).to(tl.int32)
+    if CAUSAL:
+        here = tl.where(positions >= tl.program_id(1) * BLOCK, here, 0)
+    count = tl.sum(here, axis=0)
+    needed = (j < tl.where(count > 0, T, 0))[:, None]
+    k_half = tl.load(_of(ks, layer) + sequence * KB + head * KH + j[:, None] * KT + column, mask=needed, other=0.0)
+    v_half = tl.load(_of(vs, layer) + sequence * VB + head * VH + j[:, None] * VT + column, mask=needed, other=0.0)
+    dk, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
+    for _ in range(count):
+        turn = N - tl.max(here * (N - t), axis=0)
+        here = tl.where(t == turn, 0, here)
+        pair, position = which * n + turn, tl.sum(tl.where(t == turn, positions, 0), axis=0)
+        vectors = vectors_ptr + pair * (VECTORS * D) + e
+        y, mean_k, q = tl.load(vectors), tl.load(vectors + D), tl.load(vectors + 3 * D)
+        of_v = tl.load(dvectors_ptr + pair * (2 * D) + e)
+        dcovariance = tl.load(dcovariances_ptr + pair * (D * D) + e[:, None] * D + column)  # (f, e)
+        k, v = k_half.to(tl.float32), v_half.to(tl.float32)
+        a = tl.exp(tl.sum(k * q[None, :], axis=1) * scale - tl.load(scalars_ptr + pair * SCALARS))
+        a = tl.where((j <= position) if CAUSAL else (j < T), a, 0.0)
+        own = j == position
+        by_v = tl.dot(v - y[None, :], tl.trans(dcovariance), input_precision=PRECISION)  # (j, f)
+        da = tl.sum(by_v * (k - mean_k[None, :]) - v * of_v[None, :], axis=1) + tl.where(own, tl.load(dscalars_ptr + pair * 2), 0.0)
+        dlogits = a * (da - tl.load(dscalars_ptr + pair * 2 + 1)) * scale
+        dk += a[:, None] * by_v + dlogits[:, None] * q[None, :]
+        tl.store(sums_ptr + (pair * tl.num_programs(1) + tl.program_id(1)) * D + e, tl.sum(dlogits[:, None] * k, axis=0))
+        by_k = tl.dot(k - mean_k[None, :], dcovariance, input_precision=PRECISION)  # (j, e)
+        dv += a[:, None] * by_k + (tl.where(own, 1.0, 0.0) - a)[:, None] * of_v[None, :]
+    kind = (tl.num_programs(0) * T).to(tl.int64) * D  # all of q's
+    gradients_ptr += ((which * T + j[:, None]) * H + head) * D + column
+    tl.store(gradients_ptr, tl.zeros((BLOCK, D), tl.float32), mask=live)
+    tl.store(gradients_ptr + kind, dk, mask=live)
+    tl.store(gradients_ptr + 2 * kind, dv, mask=live)
+
+
+@triton.jit
+def _queries_backward(positions_ptr, heads_ptr, dvectors_ptr, sums_ptr, gradients_ptr, H, T, n, parts,
+                      CAUSAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One pair's row of dq, the sum over key blocks; a pair may be there twice, and both then write what both get."""
+    pair, e, t = tl.program_id(0).to(tl.int64), tl.arange(0, D), tl.arange(0, N)
+    which, position, head = pair // n, tl.load(positions_ptr + pair), tl.load(heads_ptr + pair)
+    among = which * n + t
+    same = (tl.load(positions_ptr + among, mask=t < n, other=-1) == position) & (tl.load(heads_ptr + among, mask=t < n, other=-1) == head)
+    among, same = among[:, None], same[:, None]
+    dq = tl.load(dvectors_ptr + among * (2 * D) + D + e[None, :], mask=same, other=0.0)
+    for part in range((position.to(tl.int32) // BLOCK + 1) if CAUSAL else parts):
+        dq += tl.load(sums_ptr + (among * parts + part) * D + e[None, :], mask=same, other=0.0)
+    tl.store(gradients_ptr + ((which * T + position) * H + head) * D + e, tl.sum(dq, axis=0))
 
 
 @operator
 def moments_backward(
     k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], positions: torch.Tensor, heads: torch.Tensor, vectors: torch.Tensor, scalars: torch.Tensor,
     dcovariances: torch.Tensor, dvectors: torch.Tensor, dscalars: torch.Tensor, causal: bool,
-) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of all q, of all k and of all v, (B, H, T, d) each, in memory (B, T, H, d) and in their dtype, from what `margins_backward` gives."""
-    (B, H, T, D), n = k[0].shape, positions.size(2)
+) -> torch.Tensor:  # fmt: skip
+    """Gradients of all q, of all k and of all v, (3, L, B, T, H, d) in their dtype, from what `margins_backward` gives."""
+    (B, H, T, D), n, L = k[0].shape, positions.size(2), len(k)
     positions, heads = positions.contiguous(), heads.contiguous()
-    gradients, sums = [], vectors.new_empty(B, n, D)
-    for layer, parts in enumerate(zip(k, v)):
-        parts, strides = _rows(*parts)
-        made = [torch.empty(B, T, H, D, dtype=parts[0].dtype, device=parts[0].device) for _ in range(3)]
-        given = (part[layer] for part in (positions, heads, vectors, scalars, dcovariances, dvectors, dscalars))
-        _moments_backward[(B * H,)](
-            *parts, *given, *made, sums, T, n, H, 1 / math.sqrt(D), *strides,
-            CAUSAL=causal, D=D, **_form("moments_backward", parts[0].dtype != torch.float32),
-        )  # fmt: skip
-        gradients.append([part.transpose(1, 2) for part in made])
-    return [part for kind in zip(*gradients) for part in kind]
+    parts, strides = _rows(k, v)
+    form = _form("moments_backward", k[0].dtype != torch.float32)
+    count, shape = triton.cdiv(T, form["BLOCK"]), {"CAUSAL": causal, "D": D, "N": triton.next_power_of_2(n)}
+    gradients, sums = k[0].new_empty(3, L, B, T, H, D), vectors.new_empty(L, B, n, count, D)
+    given = (positions, heads, vectors, scalars, dcovariances, dvectors, dscalars)
+    _moments_backward[(L * B * H, count)](*parts, *given, gradients, sums, B, H, T, n, 1 / math.sqrt(D), *strides, **shape, **form)
+    _queries_backward[(heads.numel(),)](
+        positions, heads, dvectors, sums, gradients, H, T, n, count, **shape, BLOCK=form["BLOCK"], **FORMS["queries_backward"]
+    )
+    return gradients
 
 
 @moments_backward.register_fake
 def _(k, v, positions, heads, vectors, scalars, dcovariances, dvectors, dscalars, causal):
     B, H, T, D = k[0].shape
-    return [part.new_empty(B, T, H, D).transpose(1, 2) for _ in range(3) for part in k]
+    return k[0].new_empty(3, len(k), B, T, H, D)
 
 
 class _Margins(torch.autograd.Function):
@@ -412,6 +468,7 @@ class _Margins(torch.autograd.Function):
         gradients = [None] * (3 * ctx.layers)
         if any(ctx.needs_input_grad[8:]):
             gradients = moments_backward(kv[: ctx.layers], kv[ctx.layers :], positions, heads, vectors, scalars, *of_pairs, ctx.causal)
+            gradients = gradients.transpose(3, 4).flatten(0, 1).unbind()
         return dproducts, *[None] * 7, *gradients
 
 
