@@ -27,7 +27,7 @@ FORMS = {  # of launches; fewer registers than the compiler would take where mor
     "blocks": {"BLOCK": 32, "num_warps": 4, "maxnreg": 128},
     "pairs_backward": {"num_warps": 4, "maxnreg": 128},
     "products_backward": {"num_warps": 8, "maxnreg": 128},
-    "moments_backward": {"BLOCK": 32, "num_warps": 4, "maxnreg": 168},
+    "moments_backward": {"BLOCK": 64, "num_warps": 4, "num_stages": 1},
     "queries_backward": {"num_warps": 1},
 }
 PANELS = 64  # columns from which the elimination goes by panels
@@ -96,10 +96,11 @@ def _gauss_jordan(matrices, inverses, logs, signs, p, floor, D: tl.constexpr):
 def _gauss_jordan_by_panels(matrices, inverses, logs, signs, p, floor, D: tl.constexpr, WIDTH: tl.constexpr):
     """The same of the transpose, WIDTH columns at a time: their steps on those columns alone, then products carry them to the other panels.
 
-    A column in place is what its pivot's row has become, so the panel's steps together are a_rest + panel a_rest[pivot rows], with those rows 0 in
-    a_rest. Three products of TF32 parts keep float32's digits. The panels go round, the first is the one in work; p is filled up to D with 1s.
-    A gather along rows has its tensor laid out by rows, whole ones per thread, so that steps cost one reduction and one broadcast within the warp:
-    the gather that changes nothing is there for that, and with `turn` known to the compiler an entry of a row is a register, not a sum.
+    A column in place is what its pivot's row has become. Such a row is divided by its pivot at the end only, and its 1 is added at the panel's, so
+    that a panel's steps together are a + panel a[pivot rows]; three products of TF32 parts keep float32's digits. The panels go round, the first is
+    the one in work, and p is filled up to D with 1s. A gather along rows has its tensor laid out by rows, whole ones per thread, so that a step is
+    one reduction and one broadcast within the warp: the gather that changes nothing is there for that, and as the compiler knows `turn`, an entry of
+    a row is a register.
     """
     n = tl.program_id(0).to(tl.int64)
     i, c = tl.arange(0, D), tl.arange(0, WIDTH)
@@ -118,25 +119,22 @@ def _gauss_jordan_by_panels(matrices, inverses, logs, signs, p, floor, D: tl.con
             r = 255 - (tl.max(_key(below, free, i), axis=0) & 255)
             beside = tl.gather(panel, tl.full((1, WIDTH), r, tl.int32), 0)  # row r
             pivot = _from_zero(tl.sum(tl.sum(tl.where(now, _bits(beside), 0), axis=1), axis=0).to(tl.float32, bitcast=True), floor)
-            scale = 1 / pivot
-            below = tl.where(i == r, scale, -below * scale)
-            panel = tl.where(now | (row == r), 0.0, panel) + below[:, None] * tl.where(now, 1.0, beside)
+            below = tl.where(i == r, 0.0, below * (-1 / pivot))
+            panel = tl.where(now, 0.0, panel) + below[:, None] * tl.where(now, 1.0, beside)
             pivots = tl.where(i == r, pivot, pivots)
             free = tl.where(i == r, 0, free)
             rows = tl.where(now, r, rows)
-        mine = row == rows
-        column_of_row += tl.sum(tl.where(mine, base + column, 0), axis=1)
-        used = tl.sum(mine.to(tl.int32), axis=1)[:, None] > 0
         others = ()
         for other in tl.static_range(1, D // WIDTH):
             taken = tl.gather(panels[other], tl.broadcast_to(tl.reshape(rows, (WIDTH, 1)), (WIDTH, WIDTH)), 0)
-            rest = tl.where(used, 0.0, panels[other])
-            others = others + (tl.dot(panel, taken, acc=rest, input_precision="tf32x3"),)
-        panels = others + (panel,)
-    to = column_of_row[:, None]
+            others = others + (tl.dot(panel, taken, acc=panels[other], input_precision="tf32x3"),)
+        mine = row == rows
+        panels = others + (panel + tl.where(mine, 1.0, 0.0),)
+        column_of_row += tl.sum(tl.where(mine, base + column, 0), axis=1)
+    to, scale = column_of_row[:, None], 1 / pivots[:, None]
     for turn in tl.static_range(D // WIDTH):
         rows = tl.sum(tl.where(to == turn * WIDTH + column, row, 0), axis=0)[None, :]
-        tl.store(inverses + n * p * p + rows * p + to, panels[turn], mask=(rows < p) & (to < p))
+        tl.store(inverses + n * p * p + rows * p + to, panels[turn] * scale, mask=(rows < p) & (to < p))
     _finish(column_of_row, pivots, logs + n, signs + n, D)
 
 
@@ -377,12 +375,9 @@ def _moments_backward(ks, vs, positions_ptr, heads_ptr, vectors_ptr, scalars_ptr
     here = (tl.load(heads_ptr + which * n + t, mask=t < n, other=-1) == head).to(tl.int32)
     if CAUSAL:
         here = tl.where(positions >= tl.program_id(1) * BLOCK, here, 0)
-    count = tl.sum(here, axis=0)
-    needed = (j < tl.where(count > 0, T, 0))[:, None]
-    k_half = tl.load(_of(ks, layer) + sequence * KB + head * KH + j[:, None] * KT + column, mask=needed, other=0.0)
-    v_half = tl.load(_of(vs, layer) + sequence * VB + head * VH + j[:, None] * VT + column, mask=needed, other=0.0)
+    k_ptr, v_ptr = _of(ks, layer) + sequence * KB + head * KH, _of(vs, layer) + sequence * VB + head * VH
     dk, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
-    for _ in range(count):
+    for _ in range(tl.sum(here, axis=0)):
         turn = N - tl.max(here * (N - t), axis=0)
         here = tl.where(t == turn, 0, here)
         pair, position = which * n + turn, tl.sum(tl.where(t == turn, positions, 0), axis=0)
@@ -390,7 +385,8 @@ def _moments_backward(ks, vs, positions_ptr, heads_ptr, vectors_ptr, scalars_ptr
         y, mean_k, q = tl.load(vectors), tl.load(vectors + D), tl.load(vectors + 3 * D)
         of_v = tl.load(dvectors_ptr + pair * (2 * D) + e)
         dcovariance = tl.load(dcovariances_ptr + pair * (D * D) + e[:, None] * D + column)  # (f, e)
-        k, v = k_half.to(tl.float32), v_half.to(tl.float32)
+        k = tl.load(k_ptr + j[:, None] * KT + column, mask=live, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + j[:, None] * VT + column, mask=live, other=0.0).to(tl.float32)
         a = tl.exp(tl.sum(k * q[None, :], axis=1) * scale - tl.load(scalars_ptr + pair * SCALARS))
         a = tl.where((j <= position) if CAUSAL else (j < T), a, 0.0)
         own = j == position
