@@ -28,6 +28,7 @@ FORMS = {  # of launches; fewer registers than the compiler would take where mor
     "pairs_backward": {"num_warps": 4, "maxnreg": 128},
     "products_backward": {"num_warps": 8, "maxnreg": 128},
     "moments_backward": {"BLOCK": 64, "num_warps": 4, "num_stages": 1},
+    "moments_backward in float32": {"BLOCK": 32, "num_warps": 4, "num_stages": 1},
     "queries_backward": {"num_warps": 1},
 }
 PANELS = 64  # columns from which the elimination goes by panels
@@ -124,10 +125,12 @@ def _gauss_jordan_by_panels(matrices, inverses, logs, signs, p, floor, D: tl.con
             pivots = tl.where(i == r, pivot, pivots)
             free = tl.where(i == r, 0, free)
             rows = tl.where(now, r, rows)
-        others = ()
+        others, high = (), (_bits(panel) & -8192).to(tl.float32, bitcast=True)
         for other in tl.static_range(1, D // WIDTH):
             taken = tl.gather(panels[other], tl.broadcast_to(tl.reshape(rows, (WIDTH, 1)), (WIDTH, WIDTH)), 0)
-            others = others + (tl.dot(panel, taken, acc=panels[other], input_precision="tf32x3"),)
+            upper = (_bits(taken) & -8192).to(tl.float32, bitcast=True)
+            small = tl.dot(high, taken - upper, acc=tl.dot(panel - high, upper, input_precision="tf32"), input_precision="tf32")
+            others = others + (panels[other] + tl.dot(high, upper, acc=small, input_precision="tf32"),)
         mine = row == rows
         panels = others + (panel + tl.where(mine, 1.0, 0.0),)
         column_of_row += tl.sum(tl.where(mine, base + column, 0), axis=1)
@@ -232,7 +235,7 @@ def _blocks(qs, ks, vs, products_ptr, positions_ptr, heads_ptr, matrices_ptr, co
 
 
 def _form(kernel: str, half: bool) -> dict:
-    return FORMS[kernel] | {"PRECISION": "tf32" if half else "ieee"}
+    return FORMS.get(kernel if half else f"{kernel} in float32", FORMS[kernel]) | {"PRECISION": "tf32" if half else "ieee"}
 
 
 def _rows(*kinds):
