@@ -55,11 +55,12 @@ class BenchConfig:
         """Raises InputError for a value out of range; returns self."""
         if self.what not in ("train", "eval", "sample", "startup", "loader", "ddp"):
             raise InputError(f"--what={self.what} must be train, eval, sample, startup, loader or ddp")
-        if self.what == "ddp" and int(os.environ.get("WORLD_SIZE", 1)) < 2:
-            raise InputError("--what=ddp needs several processes: torchrun --standalone --nproc_per_node=2 bench.py --what=ddp ...")
+        if (self.what == "ddp") != (int(os.environ.get("WORLD_SIZE", 1)) > 1):
+            example = "torchrun --standalone --nproc_per_node=2 bench.py --what=ddp ..."
+            raise InputError(f"--what={self.what}: ddp is for several processes and the others are for one: {example}, or python bench.py ...")
         for arm in self.arms.split(","):
-            if arm not in ARMS:
-                raise InputError(f"--arms={self.arms}: {arm!r} is none of {', '.join(ARMS)}")
+            if arm not in ARMS or self.arms.split(",").count(arm) > 1:
+                raise InputError(f"--arms={self.arms}: {arm!r} is none of {', '.join(ARMS)}, or is there twice")
         if "plain" in self.arms.split(",") and self.what != "train":
             raise InputError(f"--arms={self.arms}: plain is a training loop, for --what=train alone")
         for key, low in (("rounds", 1), ("tokens", 1), ("batch_size", 0), ("steps", 0)):
@@ -294,7 +295,9 @@ def bench_train_or_eval(bench: BenchConfig, folder: Path) -> tuple[list[dict], o
             ratio = spread(np.array(seconds[arm.partition(",")[0] + ", alone"]) / np.array(seconds[arm]))
         peak = place.peak and place.peak * program.place.world
         row = {"arm": arm, "ms": ms, "tokens_per_s": rate, "tflops": rate * flops / 1e12, "mfu": rate * flops / peak if peak else None}
-        rows.append(row | {"peak_gib": memory[arm], "ratio": ratio, "mode": program.mode, "turn": f"{count} per turn"})
+        rows.append(
+            row | {"peak_gib": memory[arm], "ratio": ratio, "mode": program.mode, "turn": f"{count} per turn", "dtype": str(program.place.dtype)}
+        )
         if bench.profile and bench.what == "train":
             rows[-1]["profile"] = profile(program, place.device)
     return rows, place
@@ -399,8 +402,21 @@ def bench_startup(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]
     return rows, find_place(bench.device, bench.dtype, distributed=False)
 
 
+def check_out(path: Path):
+    """Raises InputError, before anything is measured, where --out cannot be written or is not an earlier benchmark's."""
+    try:
+        if path.exists() and "rows" not in json.loads(path.read_text(encoding="utf-8")):
+            raise ValueError
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"--out={path} is there and is no figures of bench.py: name another file") from None
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"--out={path}: the directory {path.parent} is not there or cannot be written")
+
+
 def main(bench: BenchConfig):
     """Runs one benchmark, prints its table and writes --out. Raises InputError."""
+    if bench.out:
+        check_out(Path(bench.out))
     with tempfile.TemporaryDirectory() as folder:
         function = {"sample": bench_sample, "startup": bench_startup}.get(bench.what, bench_train_or_eval)
         try:
@@ -420,14 +436,15 @@ def main(bench: BenchConfig):
         lines.append(cells)
     unit = {"eval": "ms an evaluation", "sample": "ms a token", "startup": "ms"}.get(bench.what, "ms a step")
     headers = ["arm", unit, "quartiles", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "efficiency" if bench.what == "ddp" else "ratio"]
-    how = f"{place.name()}, {place.dtype}, {rows[0].get('mode', 'eager')}"
+    dtypes = " and ".join(dict.fromkeys(row.get("dtype", str(place.dtype)).removeprefix("torch.") for row in rows))
+    how = f"{place.name()}, {dtypes}, {rows[0].get('mode', 'eager')}"
     print(f"{bench.what}, {bench.model}, {how}, {bench.rounds} rounds, torch {torch.__version__}\n")
     print(tabulate(lines, headers, tablefmt="github", disable_numparse=True))
     for row in rows:
         if "profile" in row:
             print(f"\n{row['arm']}\n{row['profile']}")
     if bench.out:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "device": place.name(), "dtype": str(place.dtype)}
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "device": place.name(), "dtype": dtypes}
         figures = {"bench": {key: value for key, value in dataclasses.asdict(bench).items() if key != "out"}, "versions": versions, "rows": rows}
         write_file(Path(bench.out), (json.dumps(figures, indent=1) + "\n").encode())
 

@@ -81,7 +81,7 @@ def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
         for key in ("seed", "out_dir", "overwrite"):
             if key in dict(own + shared):
                 raise InputError(f"--{key} is not for an arm: the comparison has --seeds, --first_seed and an --out_dir of its own")
-        shown = [f"{key}={Path(value).name if key == 'init_from' else value}" for key, value in own]  # a path is too long for a directory's name
+        shown = [f"{key}={value[-60:]}" for key, value in own]  # the end of a path tells more than its beginning
         name = re.sub(r"[^\w.=,+-]+", "_", " ".join([Path(file).stem for file in files] + shown))
         if name in arms:
             raise InputError(f"arm {name!r} is given twice: arms are named by their files and options")
@@ -186,8 +186,10 @@ def of_seed(config: TrainConfig, seed: int) -> TrainConfig:
 def given_weights(init_from: str) -> dict:
     """One checksum of the files that init_from names; nothing for a start from scratch or a name that transformers knows."""
     path = Path(init_from)
-    if init_from == "scratch" or not path.exists():
+    if init_from in ("scratch", *checkpoint.PRETRAINED):
         return {}
+    if not path.exists():  # before any cell is run
+        raise InputError(f"--init_from={init_from} of an arm does not exist")
     files = sorted(path.glob("*.json")) + sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     return {"init_sha256": hashlib.sha256("".join(file.name + sha256_of(file) for file in files).encode()).hexdigest()}
 
@@ -211,11 +213,25 @@ def read_cell(path: Path, expected: dict) -> dict | None:
     return result
 
 
+def replaceable(out_dir: Path, arms: dict) -> bool:
+    """Whether out_dir holds a comparison's cells, or no report, or one of the same arms whose cells are gone."""
+    try:
+        if (out_dir / "cells").is_dir():
+            return True
+        return json.loads((out_dir / "report.json").read_text(encoding="utf-8"))["provenance"]["configs"].keys() == arms.keys()
+    except FileNotFoundError:
+        return not (out_dir / "report.md").exists()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[str, list[dict]]:
     """Runs the cells that are not there yet, one program per arm; under torchrun this process's share. Returns all results per arm."""
     out_dir = Path(comparison.out_dir)
     if (out_dir / "metrics.jsonl").exists():
         raise InputError(f"--out_dir={out_dir} holds a run of train.py: name another directory for the comparison")
+    if not replaceable(out_dir, arms):
+        raise InputError(f"--out_dir={out_dir} is a file, or holds a report of something else: name another directory for the comparison")
     seeds = range(comparison.first_seed, comparison.first_seed + comparison.seeds)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cells = [(name, seed) for name in arms for seed in seeds]

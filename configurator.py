@@ -403,8 +403,9 @@ def one_line_errors():
     """Around a script's main: an InputError, and what the operating system refuses, prints as one line on stderr and exits with status 2."""
     try:
         yield
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # `| head` has read enough: nothing more to say, nor to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (InputError, OSError) as error:
         text = str(error) if isinstance(error, InputError) else f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
         # a value or a file's name may hold anything: line feeds, terminal codes, half a surrogate pair

@@ -1,6 +1,7 @@
 """Several processes: replicas (DDP) or shards (FSDP2) of the model, and tensors that are whole on one side and sharded on the other."""
 
 import contextlib
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,11 @@ def distribute(model, kind: str, place, rows: int, compiled: bool):
         for block in model.transformer.h:
             block.compile(dynamic=False)
     if kind == "ddp":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        buffers = "forward_sync_buffers" if torch.__version__ >= (2, 13) else "broadcast_buffers"  # a new name for the same
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
     from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # the logits, which nobody changes in place
 
     if rows % place.world:  # all processes gather the same shards at the same time, so each must run as many micro-batches
         raise InputError(f"--parallel=fsdp: the global batch of {rows} sequences is not divisible by {place.world} processes")

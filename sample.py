@@ -12,8 +12,6 @@ slide: when block_size tokens are read, the last half of them is read again, onc
 slides its window by one and reads all of it again for each token.) So beyond block_size a token sees between block_size / 2 and block_size tokens.
 """
 
-import os
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -246,8 +244,5 @@ def main(config: SampleConfig):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
-    try:
-        with one_line_errors():
-            main(command_line)
-    except BrokenPipeError:  # `| head` has read enough; a regular exit would flush and complain once more
-        os._exit(128 + signal.SIGPIPE)
+    with one_line_errors():
+        main(command_line)

@@ -437,13 +437,15 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
             losses[unread], norms[unread], *seen_last = found
             step, unread = step + 1, unread + 1
             bar.update()
-    except InputError as error:  # the log or a checkpoint cannot be written, or the data cannot be read: what is there is saved if it can be
+    except (InputError, BrokenPipeError) as error:  # a file cannot be written or read, or nobody reads stdout: what is there is saved if it can be
         if place.world > 1 or config.eval_only or not save or saved_at == step:
             raise
         try:
             write("last")
         except InputError:
             raise error from None
+        if isinstance(error, BrokenPipeError):
+            raise
         raise InputError(f"{error}; stopped at step {step}, saved in {out_dir / 'last'}; --init_from=resume continues") from None
     finally:
         signals.close()

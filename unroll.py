@@ -39,6 +39,7 @@ class UnrollConfig:
     neighbours: int = 10  # of the k-NN accuracy and of SpectralEmbedding's graph
     beta: float = 1.0  # of the lower bound: precision X X^T + beta I; nu is n
     out_dir: str = "out-unroll"  # figures, report.md and report.json
+    overwrite: bool = False  # replace a report of other pictures or constants
     sweep: bool = False  # instead of the experiment: the table over constants, sweep.md and sweep.json
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
@@ -443,6 +444,19 @@ def inference_table(climbs: dict[str, list[list[dict]]], n: int) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
+def replaceable(config: UnrollConfig, out_dir: Path) -> bool:
+    """Whether out_dir holds no report, or one of this very experiment (figures alone are what a killed one has left)."""
+    name = "sweep" if config.sweep else "report"
+    try:
+        theirs = json.loads((out_dir / f"{name}.json").read_text(encoding="utf-8"))["config"]
+        ours = json.loads(json.dumps(dataclasses.asdict(config)))
+        return all(theirs.get(key) == value for key, value in ours.items() if key not in ("out_dir", "overwrite", "device"))
+    except FileNotFoundError:
+        return not (out_dir / f"{name}.md").exists()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def write_report(config: UnrollConfig, report: dict, seconds: float, out_dir: Path):
     """report.json and report.md."""
     command = shlex.join(["python", "unroll.py", *sys.argv[1:]])
@@ -499,6 +513,8 @@ def main(config: UnrollConfig):
     began, out_dir = time.perf_counter(), Path(config.out_dir)
     if (out_dir / "metrics.jsonl").exists():
         raise InputError(f"--out_dir={out_dir} holds a run of train.py: name another directory")
+    if not config.overwrite and not replaceable(config, out_dir):
+        raise InputError(f"--out_dir={out_dir} holds a report of something else: --overwrite=True replaces it, or name another directory")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -18,15 +18,19 @@ ENDS = {"as they are": 0, "after fine-tuning": -1}  # which point of a run's cur
 
 def read_losses(report: dict) -> dict[float, dict[str, list[float]]]:
     """{alpha: {end: losses of the seeds}}, alphas ascending. Raises InputError."""
-    found = {}
+    found, others = {}, set()
     try:
         for name, arm in report["arms"].items():
             if arm["diverged"]:
                 raise InputError(f"arm {name} has runs that diverged: their pairs are lost, lower the rate of fine-tuning")
-            alpha = report["provenance"]["configs"][name]["diffusion_alpha"]
+            config = report["provenance"]["configs"][name]
+            alpha = config["diffusion_alpha"]
+            others.add(json.dumps({key: value for key, value in config.items() if key not in ("diffusion_alpha", "out_dir")}, sort_keys=True))
             found[alpha] = {end: [cell["curve"][at][1] for cell in arm["cells"]] for end, at in ENDS.items()}
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"the report lacks {error}: it is not one of compare.py") from None
+    except (KeyError, IndexError, TypeError):
+        raise InputError("the report is not one of compare.py") from None
+    if len(others) > 1:
+        raise InputError("the arms of the report differ in more than diffusion_alpha: a curve over alpha would mix them up")
     if 0 not in found or len(found) < 2:
         raise InputError("no arm of the report has diffusion_alpha=0, or there is no other: nothing to compare with")
     return dict(sorted(found.items()))
@@ -72,6 +76,9 @@ def draw(path: Path, losses: dict):
 
 def main(arguments: list[str]):
     """Raises InputError."""
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__)
+        return
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise InputError("name one directory with a report.json of compare.py: python studies/alpha_curve.py results/pretrained")
     folder = Path(arguments[0])

@@ -17,17 +17,21 @@ from configurator import InputError, one_line_errors
 
 def read_cells(report: dict) -> list[dict]:
     """One {lambda, alpha, rate, batch, loss (nan if all diverged), diverged, runs} per arm of graph diffusion. Raises InputError."""
-    cells = []
+    cells, others = [], set()
     try:
         for name, arm in report["arms"].items():
             config = report["provenance"]["configs"][name]
             if config["diffusion"]:
+                free = ("diffusion_lambda", "diffusion_alpha", "learning_rate", "batch_size", "gradient_accumulation_steps", "out_dir")
+                others.add(json.dumps({key: value for key, value in config.items() if key not in free}, sort_keys=True))
                 cell = {"lambda": config["diffusion_lambda"], "alpha": config["diffusion_alpha"]}
                 cell |= {"rate": config["learning_rate"], "batch": config["batch_size"] * config["gradient_accumulation_steps"]}
                 mean = arm["best_val_loss"]["mean"]
                 cells.append(cell | {"loss": math.nan if mean is None else mean, "diverged": len(arm["diverged"]), "runs": len(arm["cells"])})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"the report lacks {error}: it is not one of compare.py") from None
+    except (KeyError, TypeError):
+        raise InputError("the report is not one of compare.py") from None
+    if len(others) > 1:
+        raise InputError("the arms of the report differ in other keys too: a map would mix them up")
     if not cells:
         raise InputError("no arm of the report has diffusion=True: there is nothing to map")
     return cells
@@ -76,6 +80,9 @@ def draw(path: Path, cells: list[dict]):
 
 def main(arguments: list[str]):
     """Raises InputError."""
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__)
+        return
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise InputError("name one directory with a report.json of compare.py: python studies/lambda_map.py results/lambda_map")
     folder = Path(arguments[0])

@@ -89,3 +89,25 @@ def test_processes_together_against_one_alone(tokens_dir, tmp_path):
 def test_several_processes_need_torchrun():
     with pytest.raises(InputError, match="torchrun"):
         BenchConfig(what="ddp").check()
+
+
+@pytest.mark.parametrize("content", ["mine", "[]", '{"arms": 1}'])
+def test_a_file_that_is_no_benchmark_is_never_replaced(tmp_path, content):
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(InputError, match="no figures of bench.py"):
+        bench.check_out(tmp_path / "mine.json")
+    with pytest.raises(InputError, match="is not there or cannot be written"):
+        bench.check_out(tmp_path / "none" / "mine.json")
+    with pytest.raises(InputError, match="no figures of bench.py"):
+        bench.check_out(tmp_path)
+    assert (tmp_path / "mine.json").read_text() == content
+
+
+def test_one_process_or_several(monkeypatch):
+    for what, world in (("train", "2"), ("sample", "2"), ("ddp", "1")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(InputError, match=f"--what={what}: ddp is for several processes"):
+            bench.BenchConfig(what=what).check()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(InputError, match="'A' is none of .* or is there twice"):
+        bench.BenchConfig(arms="A,A").check()

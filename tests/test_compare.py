@@ -678,3 +678,26 @@ def test_given_weights_are_part_of_the_fingerprint(tmp_path):
     (tmp_path / "checkpoint.json").write_text("{}")
     assert compare.given_weights(str(tmp_path)) != compare.given_weights(str(file))
     assert compare.given_weights("scratch") == compare.given_weights("gpt2") == {}
+
+
+def test_weights_that_are_missing_are_told_before_any_cell_is_run(undisturbed, arms, tmp_path, monkeypatch):
+    refuses_to_train(monkeypatch)
+    for path in (str(tmp_path / "none"), str(tmp_path / "seed-{sed}")):
+        with pytest.raises(InputError, match="of an arm does not exist"):
+            run(tmp_path / "out", arms[0], f"{arms[1]} --init_from={path}")
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.json"])
+def test_a_report_of_something_else_is_never_replaced(arms, tmp_path, name, monkeypatch):
+    refuses_to_train(monkeypatch)
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(InputError, match="a report of something else"):
+        run(tmp_path, *arms)
+    with pytest.raises(InputError, match="is a file, or"):
+        run(tmp_path / name, *arms)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == '{"mine": 1}'
+
+
+def test_a_committed_report_of_the_same_arms_may_be_made_again(undisturbed, arms, tmp_path):
+    shutil.copy(undisturbed[0] / "report.json", tmp_path)
+    assert losses(run(tmp_path, *arms)) == losses(undisturbed[1])

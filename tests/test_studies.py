@@ -49,15 +49,20 @@ def test_a_map_of_every_cell(tmp_path, capsys):
 
 
 def test_what_cannot_be_mapped(tmp_path):
-    for arguments in ([], ["a", "b"], ["--help"]):
+    for arguments in ([], ["a", "b"], ["--seeds=2"]):
         with pytest.raises(InputError, match="name one directory"):
             lambda_map.main(arguments)
     with pytest.raises(InputError, match="cannot be read"):
         lambda_map.main([str(tmp_path)])
-    for report, words in (({"arms": {"a": {}}}, "lacks 'provenance'"), ({"arms": {}}, "no arm")):
+    for report, words in (({"arms": {"a": {}}}, "is not one of compare.py"), ({"arms": {}}, "no arm"), ([], "is not one of compare.py")):
         (tmp_path / "report.json").write_text(json.dumps(report))
         with pytest.raises(InputError, match=words):
             lambda_map.main([str(tmp_path)])
+    mixed = report_of([(1.0, 1.0, 1e-3, 32, 1.5, 0), (2.0, 1.0, 1e-3, 32, 1.5, 0)])
+    mixed["provenance"]["configs"]["arm1"]["weight_init"] = "unrolled"
+    (tmp_path / "report.json").write_text(json.dumps(mixed))
+    with pytest.raises(InputError, match="differ in other keys"):
+        lambda_map.main([str(tmp_path)])
     assert not (tmp_path / "map.png").exists()
 
 
@@ -82,7 +87,14 @@ def test_losses_by_alpha(tmp_path, capsys):
 def test_what_is_no_curve(tmp_path):
     diverged = alphas({0.0: [[[0, 1.0]]], 1.0: [[[0, 1.0]]]})
     diverged["arms"]["arm1.0"]["diverged"] = [{"seed": 1}]
-    for report, words in ((diverged, "diverged"), (alphas({1.0: [[[0, 1.0]]]}), "diffusion_alpha=0"), ({}, "lacks 'arms'")):
+    mixed = alphas({0.0: [[[0, 1.0]]], 1.0: [[[0, 1.0]]]})
+    mixed["provenance"]["configs"]["arm1.0"]["learning_rate"] = 1.0
+    for report, words in (
+        (diverged, "diverged"),
+        (alphas({1.0: [[[0, 1.0]]]}), "diffusion_alpha=0"),
+        ({}, "is not one of compare.py"),
+        (mixed, "differ in more than diffusion_alpha"),
+    ):
         (tmp_path / "report.json").write_text(json.dumps(report))
         with pytest.raises(InputError, match=words):
             alpha_curve.main([str(tmp_path)])

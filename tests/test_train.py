@@ -783,3 +783,11 @@ def test_a_refusal_leaves_no_lock(tmp_path, undisturbed, monkeypatch, arguments)
         Metrics(tmp_path / "run", **arguments)
     Metrics(tmp_path / "run", resume_at=40).close()
     assert "another training" not in str(error.value)
+
+
+def test_a_closed_pipe_saves_and_ends_quietly(tokens_dir, tmp_path):
+    config = tiny(tokens_dir, tmp_path / "out", max_iters=100_000, eval_interval=100_000)
+    script = f"{sys.executable} {ROOT / 'train.py'} " + " ".join(f"'{word}'" for word in options(config)) + " | head -n 3; exit ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "") and len(done.stdout.splitlines()) == 3
+    assert checkpoint.read_meta(tmp_path / "out" / "last")["step"] > 0

@@ -1,5 +1,6 @@
 """unroll.py: the block against the theory's formula, measures against loops, and the program from end to end."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -271,3 +272,22 @@ def test_mnist_by_folder_only(prepare, tmp_path):
     with pytest.raises(InputError, match="is neither download nor a folder"):
         prepare.prepare(prepare.PrepareConfig(source=str(tmp_path / "none")))
     assert math.isclose(sum(size for _, _, size, _ in prepare.FILES.values()), 11_594_722)
+
+
+def test_a_report_of_something_else_is_never_replaced(tmp_path):
+    config = unroll.UnrollConfig(out_dir=str(tmp_path / "out"), n=200)
+    out = tmp_path / "out"
+    assert unroll.replaceable(config, out)
+    out.mkdir()
+    (out / "latents.png").write_bytes(b"")  # of a killed run
+    assert unroll.replaceable(config, out)
+    (out / "report.md").write_text("mine")
+    assert not unroll.replaceable(config, out)
+    for theirs, same in ((config, True), (dataclasses.replace(config, n=300), False), (dataclasses.replace(config, overwrite=True), True)):
+        (out / "report.json").write_text(json.dumps({"config": dataclasses.asdict(theirs)}))
+        assert unroll.replaceable(config, out) == same
+    (out / "report.json").write_text("[]")
+    assert not unroll.replaceable(config, out)
+    with pytest.raises(InputError, match="--overwrite=True replaces it"):
+        unroll.main(config)
+    assert (out / "report.md").read_text() == "mine"
