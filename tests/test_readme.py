@@ -123,3 +123,31 @@ def test_the_speed_table_is_the_committed_benchmarks():
     assert f"| a character from the 10.65 M model | {text['A, no cache']} | {text['A']} | {text['A-I']} | |" in README
     assert f"| a token from GPT-2 124M | {gpt2['A, no cache']} | {gpt2['A']} | | transformers with its cache {gpt2['A, transformers']} |" in README
     assert f"to its first iteration | | {start['first iteration']} | | `--help` {start['--help']} |" in README
+
+
+def test_the_speed_of_gpus_is_the_committed_benchmarks():
+    def rows(name):
+        return {row["arm"]: row for row in json.loads((ROOT / "results" / "bench" / f"{name}.json").read_text())["rows"]}
+
+    def ms(row, digits=1):
+        return f"{row['ms']['median']:.{digits}f}"
+
+    def rate(row):
+        return f"{row['tokens_per_s'] / 1000:.0f}"
+
+    small, gpt2, barrier, pictures = (rows(f"h200_{name}") for name in ("train_shakespeare_char", "train_gpt2", "prior_gpt2", "train_imagenet16"))
+    cells = " | ".join(ms(small[arm], 2) for arm in ("plain", "A", "A-I"))
+    more = f"with the log-barrier {ms(small['A+prior'], 2)}, on the model's own heads {ms(small['A+own'], 2)}"
+    assert f"| a step of `shakespeare_char` (64 × 256 characters) | {cells} | {more} |" in README
+    plain, a, laplacian = (gpt2[arm] for arm in ("plain", "A", "A-I"))
+    rates = f"{rate(plain)}, {rate(a)} and {rate(laplacian)} thousand tokens/s"
+    memory = "{:.1f}, {:.1f} and {:.1f} GiB".format(*(row["peak_gib"] for row in (plain, a, laplacian)))
+    assert f"| a step of GPT-2 124M (64 × 1024 tokens) | {ms(plain)} | {ms(a)} | {ms(laplacian)} | {rates}; {memory} |" in README
+    more = f"on the embeddings {ms(barrier['A+prior'])}, on the model's own heads {ms(barrier['A+own'])}"
+    assert f"| the same with the log-barrier | | {ms(barrier['A'])} | | {more} |" in README
+    assert f"| a step of `imagenet16` (512 pictures) | | {ms(pictures['A'], 2)} | {ms(pictures['A-I'], 2)} | |" in README
+    together = rows("h200_ddp2_gpt2")
+    for arm, label in (("A", "A"), ("A-I", "A − I")):
+        one, two = together[f"{arm}, alone"], together[f"{arm}, 2 processes"]
+        cells = f"{ms(one)}, {ms(two)} | {rate(one)}, {rate(two)} | {two['ratio']['median']:.3f}"
+        assert f"| {label}: one alone, two together | {cells} |" in README
