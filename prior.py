@@ -10,7 +10,7 @@ log |det(de_i/du_i)| into the density of u, position by position: its *margin*, 
 
 The margins are those of a small strict causal attention on the model's embeddings (EmbeddingPrior), or those of the model's own heads
 (own_margins), at positions drawn at random in training. Everything here is float32 at least, outside autocast; larger products may be TF32 on CUDA,
-as torch is told to (place.py), determinants never are.
+as torch is told to (place.py), determinants keep float32's digits.
 """
 
 import math
