@@ -382,11 +382,12 @@ def read_huggingface(name: str) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, architecture | {"block_size": about.n_positions, "bias": True}
 
 
-def starting_weights(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
+def starting_weights(config: TrainConfig, kind: str = "") -> tuple[TrainConfig, dict | None]:
     """The weights that init_from names, and the config with their architecture; (config, None) for scratch and resume. Raises InputError.
 
     init_from is nanoGPT's PATH/ckpt.pt, one of PRETRAINED, a checkpoint directory (checkpoint.json), or a folder of transformers (config.json).
-    Sizes, biases and vocabulary become the checkpoint's; dropout and the diffusion keys stay the config's, and block_size may be shorter.
+    A `kind`, text or pictures, is what the weights must be of. Sizes, biases and vocabulary become the checkpoint's; dropout and the diffusion keys
+    stay the config's, and block_size may be shorter.
     """
     if config.init_from in ("scratch", "resume"):
         return config, None
@@ -399,6 +400,9 @@ def starting_weights(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
         weights, architecture = read_weights(folder)
     else:
         raise InputError(f"--init_from={config.init_from} is neither a directory nor one of scratch, resume, {', '.join(PRETRAINED)}, PATH/ckpt.pt")
+    theirs = "text" if "block_size" in architecture else "pictures"
+    if kind not in ("", theirs):
+        raise InputError(f"--init_from={config.init_from} holds a model of {theirs}, --dataset={config.dataset} is {kind}")
     sizes = {key: architecture[key] for key in ("n_layer", "n_head", "n_embd", "bias", "vocab_size", "patch_size") if key in architecture}
     for key in sizes.keys() - {"vocab_size"}:  # padding rows of the table are nobody's wish; other sizes may be, if they are not the defaults
         if getattr(config, key) not in (sizes[key], getattr(TrainConfig, key)):

@@ -89,6 +89,9 @@ def make_model(config: TrainConfig, data: Tokens | Pictures) -> GPT | ViT:
         kind, sizes = ViTConfig, {"image_size": data.image_size, "n_classes": data.n_classes}
     else:
         kind, sizes = GPTConfig, {"vocab_size": config.vocab_size or data.vocab_size}
+        of_pictures = [key for key in ("patch_size", "crop_pad", "flip") if getattr(config, key) != getattr(TrainConfig, key)]
+        if of_pictures:
+            raise InputError(f"--{'/'.join(of_pictures)} has no effect on text, which --dataset={config.dataset} is: take it out")
         if sizes["vocab_size"] < data.vocab_size:
             raise InputError(f"--vocab_size={config.vocab_size} is smaller than the {data.vocab_size} tokens of --dataset={config.dataset}")
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(kind) if field.name not in sizes}
@@ -112,8 +115,8 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
     """Data (unless given), model, optimizer, and the step compiled as far as the machine allows. Raises InputError for unusable data or keys."""
     if config.probe_interval and config.parallel == "fsdp" and place.world > 1:
         raise InputError(f"--probe_interval={config.probe_interval} needs whole models: use --parallel=ddp, or evaluate.py --probe afterwards")
-    config, weights = checkpoint.starting_weights(config)
     data = data or load(config, place.device)
+    config, weights = checkpoint.starting_weights(config, "pictures" if isinstance(data, Pictures) else "text")
     model = make_model(config, data).to(place.device)
     compiled = place.device.type == "cuda" if config.compile is None else config.compile
     if place.device.type == "cpu" and not compiled:  # the compiler has its own way to such products
@@ -258,13 +261,14 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
         meta = checkpoint.readable(last)
         if (meta["kind"] == "pictures") != isinstance(model, ViT):
             raise InputError(f"{last} was trained on {meta['kind']}, --dataset={config.dataset} is of the other kind")
+        if meta["data"] != program.data.checksum:
+            words = f"the checksums of --dataset={config.dataset} differ, as they do when it was prepared anew from another source"
+            raise InputError(f"{last} was trained on other data: {words}")
         for key, ours in dataclasses.asdict(model.config).items():
             theirs = meta["model"].get(key, getattr(type(model.config), key, None))  # a key younger than the checkpoint had its default then
             theirs = tuple(theirs) if isinstance(ours, tuple) else theirs
             if ours != theirs:
                 raise InputError(f"{last} was trained with {key}={theirs}, this run has {key}={ours}: resume with the same config")
-        if meta["data"] != program.data.checksum:
-            raise InputError(f"{last} was trained on other data: the checksums of --dataset={config.dataset} differ")
         if meta["config"]["seed"] != seed:
             raise InputError(f"{last} was trained with --seed={meta['config']['seed']}: with --seed={seed} it would be another run")
         now = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}  # as in the JSON

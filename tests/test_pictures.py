@@ -756,10 +756,10 @@ def test_a_mean_that_has_not_three_numbers_is_refused(copy, change):
 @pytest.mark.parametrize("own", ["pictures", "tokens"])
 def test_resume_of_the_other_kind_is_refused(blobs, tokens_dir, tmp_path, undisturbed, own):
     if own == "pictures":
-        run(tiny(tokens_dir, tmp_path, max_iters=1, warmup_iters=0, block_size=8, batch_size=2))
+        run(tiny(tokens_dir, tmp_path, max_iters=1, warmup_iters=0, block_size=8, batch_size=2, crop_pad=2))
         program, last = build(tiny(blobs, tmp_path, init_from="resume")), tmp_path
     else:
-        program, last = build(tiny(tokens_dir, undisturbed, init_from="resume", block_size=8)), undisturbed
+        program, last = build(tiny(tokens_dir, undisturbed, init_from="resume", block_size=8, crop_pad=2)), undisturbed
     with pytest.raises(InputError) as error:
         train.start_state(program, 1337, last)
     assert str(last / "last") in str(error.value)
@@ -772,8 +772,9 @@ def test_a_run_starts_from_the_weights_of_another(blobs, tmp_path, undisturbed):
     assert all(torch.equal(p, weights[name]) for name, p in program.model.named_parameters())
 
 
-def test_weights_of_a_gpt_are_refused_for_pictures(blobs, tokens_dir, tmp_path):
-    run(tiny(tokens_dir, tmp_path, max_iters=1, warmup_iters=0, block_size=8, batch_size=2))
-    program = build(tiny(blobs, tmp_path / "new", init_from=str(tmp_path / "last"), block_size=8))
-    with pytest.raises(InputError, match=str(tmp_path / "last")):
-        train.start_state(program, 1, tmp_path / "new")
+def test_weights_of_the_other_kind_are_refused(blobs, tokens_dir, tmp_path, undisturbed):
+    run(tiny(tokens_dir, tmp_path, max_iters=1, warmup_iters=0, block_size=8, batch_size=2, crop_pad=2))
+    with pytest.raises(InputError, match="holds a model of text, .* is pictures"):
+        build(tiny(blobs, tmp_path / "new", init_from=str(tmp_path / "last")))
+    with pytest.raises(InputError, match="holds a model of pictures, .* is text"):
+        build(tiny(tokens_dir, tmp_path / "new", init_from=str(undisturbed / "last"), crop_pad=2))

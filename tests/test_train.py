@@ -791,3 +791,8 @@ def test_a_closed_pipe_saves_and_ends_quietly(tokens_dir, tmp_path):
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "") and len(done.stdout.splitlines()) == 3
     assert checkpoint.read_meta(tmp_path / "out" / "last")["step"] > 0
+
+
+def test_keys_of_pictures_are_not_ignored_for_text(tokens_dir, tmp_path):
+    with pytest.raises(InputError, match="--patch_size/flip has no effect on text"):
+        build(tiny(tokens_dir, tmp_path, patch_size=4, flip=False))

@@ -105,12 +105,13 @@ class Hub:
 
 def prepare(config: PrepareConfig):
     """Gets the documents and writes the files. Raises InputError; the files are then as they were."""
-    GPT2Encoder()  # a missing vocabulary is told before anything is read
     if config.source == "hub":
+        GPT2Encoder()  # a missing vocabulary is told before anything is fetched, and
         source = Hub(config.revision)
     else:
         whole = Path(config.source)
         source = Files([whole] if whole.exists() else [Path(path) for path in config.source.split(",") if path])
+        GPT2Encoder()  # before anything is read
     write_corpus(source, Path(config.out_dir) if config.out_dir else HERE, config.num_proc, val_fraction=config.val_fraction)
 
 
