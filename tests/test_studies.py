@@ -19,7 +19,7 @@ def load(name):
     return module
 
 
-lambda_map, alpha_curve = load("lambda_map"), load("alpha_curve")
+lambda_map, alpha_curve, map_select = load("lambda_map"), load("alpha_curve"), load("map_select")
 
 
 def report_of(cells) -> dict:
@@ -101,3 +101,48 @@ def test_what_is_no_curve(tmp_path):
     with pytest.raises(InputError, match="name one directory"):
         alpha_curve.main([])
     assert not (tmp_path / "alpha.md").exists()
+
+
+def selection(arms: dict) -> dict:
+    """arms: {word: (changes of the config, clean change in per cent, gain)} after the baseline's."""
+    plain = {"prior_lambda": 0.0, "embed_noise": 0.0, "label_smoothing": 0.0, "dropout": 0.2, "weight_decay": 0.1}
+    words = ["config/text.py", *arms]
+    configs = {f"arm{i}": plain | (arms[word][0] if word in arms else {}) for i, word in enumerate(words)}
+    pairs = {
+        f"arm{i + 1}": {"clean_percent": {"mean": cost}, "gains": {"noise 1 RMS": {"mean": gain}}} for i, (_, cost, gain) in enumerate(arms.values())
+    }
+    line = " ".join(["python", "compare.py", *(f"'{word}'" for word in words), "--seeds=2", "--out_dir=o"])
+    return {"provenance": {"command": line, "configs": configs}, "pairs": pairs}
+
+
+def test_the_settings_of_stage_two(tmp_path, capsys):
+    barrier = {"prior_lambda": 1.0}
+    arms = {
+        "config/text_barrier.py --prior_lambda=1": (barrier, 1.0, 0.05),
+        "config/text_barrier.py --prior_lambda=2": (barrier, 1.7, 0.10),
+        "config/text_barrier.py --prior_lambda=3": (barrier, 1.8, 0.50),  # costs too much
+        "config/text_barrier_own.py --prior_lambda=4": (barrier, 3.0, 0.90),  # none of this form is cheap: the cheapest
+        "config/text_barrier_own.py --prior_lambda=5": (barrier, 2.0, None),
+        "config/text.py --embed_noise=0.25": ({"embed_noise": 0.25}, 0.1, 0.2),
+        "config/text.py --embed_noise=0.5": ({"embed_noise": 0.5}, 0.2, 0.3),
+        "config/text.py --dropout=0.3": ({"dropout": 0.3}, 1.5, 0.0),
+        "config/text.py --weight_decay=0.3": ({"weight_decay": 0.3}, 5.0, 0.0),
+        "config/text_barrier_tied.py --prior_lambda=1": (barrier, None, None),  # diverged
+    }
+    chosen = map_select.select(map_select.read_arms(selection(arms)))
+    assert {group: arm["word"].split("=")[-1] for group, arm in chosen.items()} == {
+        "barrier": "2", "barrier_own": "5", "embed_noise": "0.5", map_select.REGULARISED: "0.3"
+    }  # fmt: skip
+    (tmp_path / "report.json").write_text(json.dumps(selection(arms)))
+    map_select.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert printed.count("taken") == 4 and "for S in config/text config/wikitext2_char; do python compare.py" in printed
+    assert '"${S}.py" "${S}_barrier.py --prior_lambda=2" "${S}_barrier_own.py --prior_lambda=5" "${S}.py --embed_noise=0.5"' in printed
+
+
+def test_reports_that_select_nothing(tmp_path):
+    nothing = selection({"config/text.py --dropout=0.3": ({"dropout": 0.3}, 1.0, 0.1)})
+    for report, words in (({}, "is not one of compare.py with --evaluate=perturb"), (nothing, "no arm of the report has a barrier")):
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        with pytest.raises(InputError, match=words):
+            map_select.main([str(tmp_path)])

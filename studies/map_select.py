@@ -1,0 +1,113 @@
+"""Stage 1 of the barrier study decides stage 2: python studies/map_select.py out-map-selection
+
+Reads report.json of the selection (studies/map.md) and prints a table of its arms, the setting that the rule takes of each form and control, and the
+command of stage 2. The rule: of a form the setting with the largest gain on embedding noise of 1 RMS among those that cost at most 1.7 % of the clean
+loss, else the one that costs least; the same for embedding noise and for label smoothing alone; of dropout and weight decay the setting whose clean
+loss is nearest to that of the best form.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configurator import InputError, one_line_errors
+
+GAIN, COST = "noise 1 RMS", 1.7  # the endpoint that selects, and the clean loss that an arm may cost in per cent
+REGULARISED = "dropout or weight decay"
+
+
+def group_of(word: str, config: dict, baseline: dict) -> str:
+    """The form or control that an arm belongs to: its config file, or the one key that differs from the baseline's."""
+    if config["prior_lambda"]:
+        return "barrier" + Path(shlex.split(word)[0]).stem.partition("_barrier")[2]
+    for key in ("embed_noise", "label_smoothing"):
+        if config[key] != baseline[key]:
+            return key
+    return REGULARISED
+
+
+def read_arms(report: dict) -> list[dict]:
+    """One {word, group, cost in per cent, gain} per arm but the baseline; gain is None where it could not be told. Raises InputError."""
+    try:
+        words = [word for word in shlex.split(report["provenance"]["command"])[2:] if not word.startswith("--")]
+        configs, pairs = report["provenance"]["configs"], report["pairs"]
+        baseline = configs[next(iter(configs))]
+        arms = []
+        for word, (name, config) in list(zip(words, configs.items(), strict=True))[1:]:
+            pair = pairs[name]
+            arm = {
+                "word": word,
+                "group": group_of(word, config, baseline),
+                "cost": pair["clean_percent"]["mean"],
+                "gain": pair["gains"][GAIN]["mean"],
+            }
+            if arm["cost"] is not None:  # else every run diverged
+                arms.append(arm)
+        return arms
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        raise InputError("the report is not one of compare.py with --evaluate=perturb") from None
+
+
+def select(arms: list[dict]) -> dict[str, dict]:
+    """{group: the arm that the rule takes}. Raises InputError when a report has no form."""
+    groups = {}
+    for arm in arms:
+        groups.setdefault(arm["group"], []).append(arm)
+    regularised, chosen = groups.pop(REGULARISED, []), {}
+    for group, some in groups.items():
+        cheap = [arm for arm in some if arm["cost"] <= COST and arm["gain"] is not None]
+        chosen[group] = max(cheap, key=lambda arm: arm["gain"]) if cheap else min(some, key=lambda arm: arm["cost"])
+    forms = [arm for group, arm in chosen.items() if group.startswith("barrier") and arm["gain"] is not None]
+    if not forms:
+        raise InputError("no arm of the report has a barrier and a gain: nothing to select")
+    if regularised:
+        best = max(forms, key=lambda arm: arm["gain"])
+        chosen[REGULARISED] = min(regularised, key=lambda arm: abs(arm["cost"] - best["cost"]))
+    return chosen
+
+
+def command(baseline: str, chosen: dict[str, dict]) -> str:
+    """Stage 2 for both texts."""
+    words = [baseline, *(arm["word"] for arm in chosen.values())]
+    prefix = baseline.removesuffix(".py")
+    arms = " ".join(f'"{word.replace(prefix, "${S}", 1)}"' for word in words)
+    options = "--seeds=5 --evaluate=perturb,margins --out_dir=results/map_$(basename $S)"
+    return f"for S in {prefix} config/wikitext2_char; do python compare.py {arms} {options}; done"
+
+
+def main(arguments: list[str]):
+    """Raises InputError."""
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__)
+        return
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise InputError("name the directory of the selection: python studies/map_select.py out-map-selection")
+    from tabulate import tabulate
+
+    path = Path(arguments[0]) / "report.json"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__})") from None
+    arms = read_arms(report)
+    chosen = select(arms)
+    rows = [
+        [
+            arm["word"],
+            f"{arm['cost']:+.2f} %",
+            "-" if arm["gain"] is None else f"{100 * arm['gain']:+.1f} %",
+            "taken" if arm in chosen.values() else "",
+        ]
+        for arm in arms
+    ]
+    print(tabulate(rows, ["arm", "clean loss", f"gain, {GAIN}", ""], tablefmt="github", disable_numparse=True))
+    baseline = [word for word in shlex.split(report["provenance"]["command"])[2:] if not word.startswith("--")][0]
+    print(f"\n{command(baseline, chosen)}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
