@@ -7,6 +7,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -282,5 +284,10 @@ def test_errors_of_the_system_and_odd_characters_are_one_line(capsys):
         with pytest.raises(SystemExit) as stop, one_line_errors():
             raise error
         assert stop.value.code == 2 and capsys.readouterr().err == line
-    with pytest.raises(BrokenPipeError), one_line_errors():
-        raise BrokenPipeError
+
+
+def test_a_closed_pipe_is_the_end_without_a_word():
+    program = "from configurator import one_line_errors\nwith one_line_errors():\n    for i in range(10 ** 6): print(i)"
+    script = f"'{sys.executable}' -c '{program}' | head -n 2; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=faults.ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGPIPE, "0\n1\n", "")
