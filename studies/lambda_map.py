@@ -10,7 +10,7 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reports import read_report
 
 from configurator import InputError, one_line_errors
 
@@ -80,16 +80,7 @@ def draw(path: Path, cells: list[dict]):
 
 def main(arguments: list[str]):
     """Raises InputError."""
-    if {"--help", "-h"} & set(arguments):
-        print(__doc__)
-        return
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise InputError("name one directory with a report.json of compare.py: python studies/lambda_map.py results/lambda_map")
-    folder = Path(arguments[0])
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'report.json'} cannot be read ({type(error).__name__})") from None
+    folder, report = read_report(arguments, __doc__)
     draw(folder / "map.png", read_cells(report))
     print(folder / "map.png")
 

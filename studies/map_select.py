@@ -6,12 +6,11 @@ loss, else the one that costs least; the same for embedding noise and for label 
 loss is nearest to that of the best form.
 """
 
-import json
 import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reports import read_report
 
 from configurator import InputError, one_line_errors
 
@@ -80,18 +79,9 @@ def command(baseline: str, chosen: dict[str, dict]) -> str:
 
 def main(arguments: list[str]):
     """Raises InputError."""
-    if {"--help", "-h"} & set(arguments):
-        print(__doc__)
-        return
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise InputError("name the directory of the selection: python studies/map_select.py out-map-selection")
     from tabulate import tabulate
 
-    path = Path(arguments[0]) / "report.json"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({type(error).__name__})") from None
+    _, report = read_report(arguments, __doc__)
     arms = read_arms(report)
     chosen = select(arms)
     rows = [

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from configurator import InputError
 
 STUDIES = Path(__file__).resolve().parents[1] / "studies"
+sys.path.append(str(STUDIES))  # as it is for a script of that directory
 
 
 def load(name):

@@ -1,0 +1,23 @@
+"""What the readers of this directory share: the one argument, and the report.json in it."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configurator import InputError
+
+
+def read_report(arguments: list[str], doc: str) -> tuple[Path, dict]:
+    """The directory that the arguments name and its report. --help prints `doc`, whose first line ends in the usage, and exits. Raises InputError."""
+    if {"--help", "-h"} & set(arguments):
+        print(doc)
+        raise SystemExit
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise InputError(f"name one directory with a report.json of compare.py: {doc.splitlines()[0].partition(': ')[2]}")
+    path = Path(arguments[0]) / "report.json"
+    try:
+        return path.parent, json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__})") from None
