@@ -107,7 +107,7 @@ def test_what_is_no_curve(tmp_path):
 
 def selection(arms: dict) -> dict:
     """arms: {word: (changes of the config, clean change in per cent, gain)} after the baseline's."""
-    plain = {"prior_lambda": 0.0, "embed_noise": 0.0, "label_smoothing": 0.0, "dropout": 0.2, "weight_decay": 0.1}
+    plain = {"prior_lambda": 0.0, "prior_energy": 0.0, "embed_noise": 0.0, "label_smoothing": 0.0, "dropout": 0.2, "weight_decay": 0.1}
     words = ["config/text.py", *arms]
     configs = {f"arm{i}": plain | (arms[word][0] if word in arms else {}) for i, word in enumerate(words)}
     pairs = {
@@ -123,6 +123,7 @@ def test_the_settings_of_stage_two(tmp_path, capsys):
         "config/text_barrier.py --prior_lambda=1": (barrier, 1.0, 0.05),
         "config/text_barrier.py --prior_lambda=2": (barrier, 1.7, 0.10),
         "config/text_barrier.py --prior_lambda=3": (barrier, 1.8, 0.50),  # costs too much
+        "config/text_barrier.py --prior_energy=0.1": (barrier | {"prior_energy": 0.1}, 0.5, 0.01),  # a form of its own
         "config/text_barrier_own.py --prior_lambda=4": (barrier, 3.0, 0.90),  # none of this form is cheap: the cheapest
         "config/text_barrier_own.py --prior_lambda=5": (barrier, 2.0, None),
         "config/text.py --embed_noise=0.25": ({"embed_noise": 0.25}, 0.1, 0.2),
@@ -133,13 +134,22 @@ def test_the_settings_of_stage_two(tmp_path, capsys):
     }
     chosen = map_select.select(map_select.read_arms(selection(arms)))
     assert {group: arm["word"].split("=")[-1] for group, arm in chosen.items()} == {
-        "barrier": "2", "barrier_own": "5", "embed_noise": "0.5", map_select.REGULARISED: "0.3"
+        "barrier": "2", "barrier_energy": "0.1", "barrier_own": "5", "embed_noise": "0.5", map_select.REGULARISED: "0.3"
     }  # fmt: skip
     (tmp_path / "report.json").write_text(json.dumps(selection(arms)))
     map_select.main([str(tmp_path)])
     printed = capsys.readouterr().out
-    assert printed.count("taken") == 4 and "for S in config/text config/wikitext2_char; do python compare.py" in printed
-    assert '"${S}.py" "${S}_barrier.py --prior_lambda=2" "${S}_barrier_own.py --prior_lambda=5" "${S}.py --embed_noise=0.5"' in printed
+    assert printed.count("taken") == 5 and 'python compare.py "config/wikitext2_char.py"' in printed
+    assert '"config/text.py" "config/text_barrier.py --prior_lambda=2" "config/text_barrier.py --prior_energy=0.1" "config/' in printed
+
+
+@pytest.mark.parametrize("strength, others", [("0.5", []), ("0.25", ["embed_noise, as strong"])])
+def test_noise_alone_as_strong_as_the_variational_form(strength, others):
+    arms = {f"config/text.py --embed_noise={s}": ({"embed_noise": float(s)}, 0.1, float(s)) for s in ("0.25", "0.5")}
+    arms[f"config/text_barrier_noise.py --embed_noise={strength}"] = ({"prior_lambda": 1.0, "embed_noise": float(strength)}, 0.1, 0.3)
+    chosen = map_select.select(map_select.read_arms(selection(arms)))
+    assert list(chosen) == ["embed_noise", "barrier_noise", *others]
+    assert all(chosen[name]["word"] == f"config/text.py --embed_noise={strength}" for name in others)
 
 
 def test_reports_that_select_nothing(tmp_path):
