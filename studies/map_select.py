@@ -78,7 +78,7 @@ def select(arms: list[dict]) -> dict[str, dict]:
 def commands(baseline: str, chosen: dict[str, dict]) -> str:
     """Stage 2 for the text of the selection, which overfits after 2000 steps, and for WikiText-2's characters."""
     words, prefix, lines = [baseline, *(arm["word"] for arm in chosen.values())], baseline.removesuffix(".py"), []
-    for config, options in ((prefix, "--max_iters=2000"), ("config/wikitext2_char", "--eval_tokens=131072")):
+    for config, options in ((prefix, "--max_iters=2000"), ("config/wikitext2_char", "--max_iters=3000 --eval_tokens=131072")):
         arms = " ".join(f'"{word.replace(prefix, config, 1)}"' for word in words)
         lines.append(f"python compare.py {arms} {options} --seeds=5 --evaluate=perturb,margins --out_dir=results/map_{Path(config).name}")
     return "\n".join(lines)
