@@ -75,6 +75,7 @@ if __name__ == "__main__":  # before torch is imported
 
 import json
 import platform
+import re
 import subprocess
 import tempfile
 import time
@@ -96,6 +97,8 @@ from sample import generate
 from train import build, make_model
 
 CLOCK = time.perf_counter
+# kinds of kernels (CPU: operations) by their names, the first that fits
+KERNELS = {"attention": r"sdpa|flash|fmha|cudnn::fusion|attention", "matrix products": r"gemm|nvjet|cutlass|cublas|mkldnn|aten::(add|b)?mm$"}
 
 
 def recipe(bench: BenchConfig, arm: str, folder: Path) -> TrainConfig:
@@ -299,20 +302,27 @@ def bench_train_or_eval(bench: BenchConfig, folder: Path) -> tuple[list[dict], o
             row | {"peak_gib": memory[arm], "ratio": ratio, "mode": program.mode, "turn": f"{count} per turn", "dtype": str(program.place.dtype)}
         )
         if bench.profile and bench.what == "train":
-            rows[-1]["profile"] = profile(program, place.device)
+            rows[-1]["profile"], rows[-1]["kernels_ms"] = profile(program, place.device)
     return rows, place
 
 
-def profile(program, device: torch.device) -> str:
-    """A table of the operations that take most time in three steps."""
+def profile(program, device: torch.device) -> tuple[str, dict[str, float]]:
+    """A table of the operations that take most time in three steps, and ms a step of the matrix products, of attention's kernels and of all."""
     activity = torch.profiler.ProfilerActivity
-    kinds = [activity.CUDA] if device.type == "cuda" else [activity.CPU]
-    with torch.profiler.profile(activities=kinds) as recorded:
+    on_gpu = device.type == "cuda"
+    with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as recorded:
         for i in range(3):
             program.step(0, i)
         synchronize(device)
-    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    return recorded.key_averages().table(sort_by=by, row_limit=50, max_name_column_width=80)
+    events = recorded.key_averages()
+    sums = dict.fromkeys((*KERNELS, "all"), 0.0)
+    for event in events:
+        ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 3e3
+        kind = next((kind for kind, pattern in KERNELS.items() if re.search(pattern, event.key)), None)
+        for name in {kind, "all"} - {None}:
+            sums[name] += ms
+    by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    return events.table(sort_by=by, row_limit=50, max_name_column_width=80), sums
 
 
 def bench_sample(bench: BenchConfig, folder: Path) -> tuple[list[dict], object]:
@@ -442,7 +452,8 @@ def main(bench: BenchConfig):
     print(tabulate(lines, headers, tablefmt="github", disable_numparse=True))
     for row in rows:
         if "profile" in row:
-            print(f"\n{row['arm']}\n{row['profile']}")
+            sums = ", ".join(f"{name} {ms:.3f}" for name, ms in row["kernels_ms"].items())
+            print(f"\n{row['arm']}\n{row['profile']}\nms a step: {sums}")
     if bench.out:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "device": place.name(), "dtype": dtypes}
         figures = {"bench": {key: value for key, value in dataclasses.asdict(bench).items() if key != "out"}, "versions": versions, "rows": rows}

@@ -32,6 +32,11 @@ def _half(x) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
 
 
+def _processors(device) -> int:
+    """Multiprocessors of a GPU; 2 in Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Dropout
 
@@ -176,8 +181,7 @@ def add_norm_backward(
     dx, dbranch, n = torch.empty_like(out), torch.empty_like(dy), out.numel() // out.size(-1)
     tile = _tile(out.size(-1), 1024)
     tiles = triton.cdiv(n, tile["ROWS"])
-    processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.device.type == "cuda" else 2
-    programs = min(tiles, 8 * processors)  # about as many as run at once
+    programs = min(tiles, 8 * _processors(out.device))  # about as many as run at once
     dweight = weight.new_empty(programs, len(weight))
     dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
     _add_norm_backward[(programs,)](
@@ -267,21 +271,23 @@ def cast_weights(network: nn.Module):
 
 
 @triton.jit
-def _normal(x):
-    """Distribution function and density of the standard normal: erfc by Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7."""
-    s = tl.abs(x) * 0.7071067811865476
-    t = 1 / (1 + 0.3275911 * s)
-    e = tl.exp(-s * s)
-    tail = 0.5 * e * t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    return tl.where(x < 0, tail, 1 - tail), e * 0.3989422804014327
+def _tail(x):
+    """Upper tail of the standard normal at |x| and exp(-x^2 / 2), by Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7).
+
+    These passes are bound by arithmetic, not by memory: exp2 and the inverse by rsqrt are one instruction each, exp and a division five and nine.
+    """
+    r = tl.rsqrt(1 + 0.23164189 * tl.abs(x))  # 0.3275911 / sqrt(2)
+    t = r * r
+    e = tl.exp2(x * x * -0.7213475204444817)  # log2(e) / 2
+    return e * (t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))), e
 
 
 @triton.jit
 def _gelu(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    cdf, _ = _normal(x)
-    tl.store(y_ptr + i, x * cdf, mask=i < n)
+    tail, _ = _tail(x)
+    tl.store(y_ptr + i, tl.maximum(x, 0.0) - tl.abs(x) * tail, mask=i < n)
 
 
 @triton.jit
@@ -289,8 +295,8 @@ def _gelu_backward(dy_ptr, x_ptr, dx_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    cdf, density = _normal(x)
-    tl.store(dx_ptr + i, dy * (cdf + x * density), mask=i < n)
+    tail, e = _tail(x)
+    tl.store(dx_ptr + i, dy * (tl.where(x < 0, tail, 1 - tail) + x * e * 0.3989422804014327), mask=i < n)
 
 
 @operator
@@ -526,32 +532,51 @@ class _Body:
 # Output layer and cross-entropy
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
-def _cross_entropy(logits_ptr, targets_ptr, losses_ptr, stride, V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: log sum exp - logit of the target, 0 for target -1; the logits become softmax - one-hot (0 for target -1) in place, 0 beyond V."""
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * stride
-    target = tl.load(targets_ptr + row)
-    largest, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)  # per lane, so that no turn of the loop waits
-    for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        z = tl.load(logits_ptr + column, mask=column < stride, other=0.0).to(tl.float32)  # wide loads, which column < V would forbid
-        z = tl.where(column < V, z, float("-inf"))
-        new = tl.maximum(largest, z)
-        total = total * tl.exp(largest - new) + tl.exp(z - new)
-        largest = new
-    top = tl.max(largest, axis=0)
-    log_sum = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
-    counts = target >= 0
-    logit = tl.load(logits_ptr + tl.maximum(target, 0)).to(tl.float32)
-    tl.store(losses_ptr + row, tl.where(counts, log_sum - logit, 0.0))
-    if GRADIENT:
-        tl.debug_barrier()  # the target's logit is read before it is overwritten
-        for start in range(0, V, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            z = tl.load(logits_ptr + column, mask=column < stride, other=0.0).to(tl.float32)
-            gradient = tl.where(column < V, tl.exp(z - log_sum), 0.0) - tl.where(column == target, 1.0, 0.0)
-            tl.store(logits_ptr + column, tl.where(counts, gradient, 0.0), mask=column < stride)
+def _fold(largest, total, z):
+    """Running maximum and sum of 2^(log2(e) (z - maximum)) of every lane, with a tile of (lanes, 8) logits more."""
+    new = tl.maximum(largest, tl.max(z, axis=1))
+    return new, total * tl.exp2((largest - new) * LOG2E) + tl.sum(tl.exp2(z * LOG2E - (new * LOG2E)[:, None]), axis=1)
+
+
+@triton.jit
+def _cross_entropy(logits_ptr, targets_ptr, losses_ptr, n, stride, V: tl.constexpr, GRADIENT: tl.constexpr, LANES: tl.constexpr):
+    """Rows in turn: log sum exp - logit of the target, 0 for target -1; the logits become softmax - one-hot (0 for target -1) in place, 0 beyond V.
+
+    There are so few programs that a row is still in the cache when it is read for the second time.
+    """
+    column = tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None, :]  # a lane's eight logits are one wide load
+    whole: tl.constexpr = V // (8 * LANES) * (8 * LANES)
+    first = tl.program_id(0).to(tl.int64)
+    for turn in range(tl.cdiv(n - tl.program_id(0), tl.num_programs(0))):
+        row = first + turn * tl.num_programs(0)
+        place = logits_ptr + row * stride
+        target = tl.load(targets_ptr + row)
+        logit = tl.load(place + tl.maximum(target, 0)).to(tl.float32)
+        largest, total = tl.full((LANES,), -1e30, tl.float32), tl.zeros((LANES,), tl.float32)
+        for start in range(0, whole, 8 * LANES):
+            largest, total = _fold(largest, total, tl.load(place + start + column).to(tl.float32))
+        if whole < V:
+            z = tl.load(place + whole + column, mask=whole + column < stride, other=0.0).to(tl.float32)
+            largest, total = _fold(largest, total, tl.where(whole + column < V, z, float("-inf")))
+        top = tl.max(largest, axis=0)
+        log_sum = top * LOG2E + tl.log2(tl.sum(total * tl.exp2((largest - top) * LOG2E), axis=0))  # to base 2
+        counts = target >= 0
+        tl.store(losses_ptr + row, tl.where(counts, log_sum / LOG2E - logit, 0.0))
+        if GRADIENT:
+            shift = tl.where(counts, log_sum, float("inf"))
+            tl.debug_barrier()  # the target's logit is read before it is overwritten
+            for start in range(0, whole, 8 * LANES):
+                z = tl.load(place + start + column).to(tl.float32)
+                tl.store(place + start + column, tl.exp2(z * LOG2E - shift))
+            if whole < V:
+                z = tl.load(place + whole + column, mask=whole + column < stride, other=0.0).to(tl.float32)
+                tl.store(place + whole + column, tl.where(whole + column < V, tl.exp2(z * LOG2E - shift), 0.0), mask=whole + column < stride)
+            tl.debug_barrier()
+            tl.store(place + target, tl.exp2(logit * LOG2E - log_sum) - 1, mask=counts)
 
 
 @operator
@@ -563,11 +588,14 @@ def output_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, gr
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x) if gradient else x.new_empty(0)
     dweight = torch.empty(half.shape, dtype=torch.float32, device=x.device) if gradient else weight.new_empty(0)
-    form = {"BLOCK": min(2048, triton.next_power_of_2(V)), "num_warps": 8 if V > 1024 else 4}
+    lanes = min(512, triton.next_power_of_2(triton.cdiv(V, 8)))
+    programs = 2 * _processors(x.device)
     for first in range(0, len(x), CHUNK):
         rows = slice(first, first + CHUNK)
         logits = x[rows] @ half.t()
-        _cross_entropy[(len(logits),)](logits, targets[rows], losses[rows], logits.stride(0), V, gradient, **form)
+        _cross_entropy[(min(len(logits), programs),)](
+            logits, targets[rows], losses[rows], len(logits), logits.stride(0), V, gradient, LANES=lanes, num_warps=max(1, lanes // 32)
+        )
         if gradient:
             torch.mm(logits, half, out=dx[rows])
             _accumulate(dweight, logits, x[rows], add=first > 0)

@@ -67,6 +67,16 @@ def test_yardsticks_in_the_same_run(what, arms, names, tokens_dir, tmp_path):
     assert [row["arm"] for row in rows] == names and all(row["tokens_per_s"] > 0 for row in rows)
 
 
+def test_the_profile_tells_products_and_attention_apart(tokens_dir, tmp_path, capsys):
+    """By the parameters' share of the work: the products of this model are most of a step."""
+    out = tmp_path / "figures.json"
+    bench.main(BenchConfig(arms="A", dataset=str(tokens_dir), rounds=1, steps=1, device="cpu", profile=True, out=str(out)))
+    (row,) = json.loads(out.read_text())["rows"]
+    kernels = row["kernels_ms"]
+    assert 0 < kernels["attention"] < kernels["matrix products"] and sum(kernels.values()) < 2 * kernels["all"]
+    assert f"ms a step: attention {kernels['attention']:.3f}, matrix products" in capsys.readouterr().out
+
+
 def test_the_fixed_batch_is_the_first_one(tokens_dir):
     data = Tokens(str(tokens_dir), 16, "cpu")
     fixed = bench.FixedBatch(data)
