@@ -63,6 +63,9 @@ class BenchConfig:
                 raise InputError(f"--arms={self.arms}: {arm!r} is none of {', '.join(ARMS)}, or is there twice")
         if "plain" in self.arms.split(",") and self.what != "train":
             raise InputError(f"--arms={self.arms}: plain is a training loop, for --what=train alone")
+        for key, what in (("tokens", "sample"), ("transformers", "sample"), ("profile", "train")):
+            if getattr(self, key) != getattr(BenchConfig, key) and self.what != what:
+                raise InputError(f"--{key}={getattr(self, key)} is for --what={what}, this is --what={self.what}: take it out")
         for key, low in (("rounds", 1), ("tokens", 1), ("batch_size", 0), ("steps", 0)):
             if getattr(self, key) < low:
                 raise InputError(f"--{key}={getattr(self, key)} must be at least {low}")

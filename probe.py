@@ -27,7 +27,7 @@ and per layer (0 is what enters the first block): cosine and cosine_average of t
 import sys
 from dataclasses import dataclass
 
-from configurator import InputError, build, field_names, one_line_errors, quit_on_interrupt, split_arguments
+from configurator import InputError, build, configure, field_names, one_line_errors, quit_on_interrupt, split_arguments
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ if __name__ == "__main__":  # before torch is imported
         quit_on_interrupt()
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(__doc__)
-            raise SystemExit
+            configure(ProbeConfig, ["--help"])
         command_line = parse(sys.argv[1:])
 
 import io

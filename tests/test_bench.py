@@ -48,7 +48,10 @@ def test_sampling_with_and_without_a_cache(tokens_dir, capsys):
     assert "| A-I, no cache |" in out and "| A-I           |" in out
 
 
-@pytest.mark.parametrize("keys, message", [({"what": "x"}, "--what=x"), ({"arms": "A,B"}, "'B' is none of"), ({"rounds": 0}, "--rounds=0")])
+@pytest.mark.parametrize(
+    "keys, message",
+    [({"what": "x"}, "--what=x"), ({"arms": "A,B"}, "'B' is none of"), ({"rounds": 0}, "--rounds=0"), ({"tokens": 5}, "is for --what=sample")],
+)
 def test_bad_options_are_refused(keys, message):
     with pytest.raises(InputError, match=message):
         BenchConfig(**keys).check()
