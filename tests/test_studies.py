@@ -21,7 +21,7 @@ def load(name):
     return module
 
 
-lambda_map, alpha_curve, map_select = load("lambda_map"), load("alpha_curve"), load("map_select")
+lambda_map, alpha_curve, map_select, map_table = (load(name) for name in ("lambda_map", "alpha_curve", "map_select", "map_table"))
 
 
 def report_of(cells) -> dict:
@@ -158,3 +158,47 @@ def test_reports_that_select_nothing(tmp_path):
         (tmp_path / "report.json").write_text(json.dumps(report))
         with pytest.raises(InputError, match=words):
             map_select.main([str(tmp_path)])
+
+
+def interval(mean, low, high):
+    return {"mean": mean, "interval": None if low is None else [low, high]}
+
+
+@pytest.mark.parametrize(
+    "clean, noise, attack, expected",
+    [
+        ((1.7, 1.0, 2.4), (0.15, 0.01, 0.3), (0.2, 0.1, 0.3), "aim met"),
+        ((1.8, 1.0, 2.4), (0.15, 0.01, 0.3), (0.2, 0.1, 0.3), "helps, aim missed"),  # costs too much
+        ((0.0, -1.0, 1.0), (0.14, 0.01, 0.3), (0.2, 0.1, 0.3), "helps, aim missed"),
+        ((0.0, -1.0, 1.0), (0.5, -0.01, 0.9), (0.2, 0.1, 0.3), "no gain shown"),
+        ((0.0, -1.0, 1.0), (0.5, 0.4, 0.6), (-0.2, -0.3, -0.1), "harms"),
+        ((0.0, None, None), (0.5, 0.4, 0.6), (0.2, 0.1, 0.3), "-"),
+    ],
+)
+def test_the_verdict_of_an_arm(clean, noise, attack, expected):
+    assert map_table.verdict(interval(*clean), [interval(*noise), interval(*attack)]) == expected
+
+
+def test_the_table_of_the_barrier_study(tmp_path, capsys):
+    baseline = {"prior_lambda": 0.0, "prior_form": "softplus", "prior_where": "embedding", "prior_tied": False, "prior_energy": 0.0}
+    baseline |= {"embed_noise": 0.0, "dropout": 0.2, "out_dir": "a"}
+    configs = {
+        "base": baseline,
+        "own": baseline | {"prior_lambda": 10.0, "prior_where": "attention", "prior_form": "square", "out_dir": "b"},
+        "noise": baseline | {"embed_noise": 0.5, "prior_lambda": 0.05, "prior_tied": True},
+        "dropout": baseline | {"dropout": 0.3},
+    }
+    gains = {"noise 1 RMS": interval(0.2, 0.1, 0.3), "attack 0.1, 10 steps": interval(0.16, 0.001, 0.3)}
+    pair = {"clean_percent": interval(-0.5, -1.0, 0.0), "gains": gains}
+    (tmp_path / "report.json").write_text(json.dumps({"provenance": {"configs": configs}, "pairs": {name: pair for name in list(configs)[1:]}}))
+    map_table.main([str(tmp_path)])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == [
+        "barrier: own heads, square, λ 10",
+        "barrier: variational, noise 0.5, softplus, λ 0.05",
+        "control: dropout 0.3",
+    ]
+    assert all(row[1:] == ["−0.50 % (−1.00 to +0.00)", "+20.0 % (+10.0 to +30.0)", "+16.0 % (+0.1 to +30.0)", "aim met"] for row in rows)
+    (tmp_path / "report.json").write_text(json.dumps({"pairs": {"a": {}}, "provenance": {"configs": configs}}))
+    with pytest.raises(InputError, match="--evaluate=perturb"):
+        map_table.main([str(tmp_path)])
