@@ -25,8 +25,7 @@ from model import GPT, CausalSelfAttention, ViT
 from operators import operator
 
 CHUNK = 32768  # rows of logits at a time: 3.1 GiB of GPT-2's
-LANES, PROGRAMS = 512, 2  # of the cross-entropy: groups of eight logits in a program's tile, programs per multiprocessor
-NORM_ELEMENTS, NORM_WARPS, NORM_PROGRAMS = 1024, 4, 8  # of LayerNorm's gradient: a program's tile and its warps, programs per multiprocessor
+LANES, PROGRAMS = 1024, 2  # of the cross-entropy: groups of eight logits in a program's tile, and programs per multiprocessor where rows are longer
 
 
 def _half(x) -> torch.dtype:
@@ -181,9 +180,11 @@ def add_norm_backward(
     dy = dy.contiguous()
     dout = dout if dout is None else dout.contiguous()
     dx, dbranch, n = torch.empty_like(out), torch.empty_like(dy), out.numel() // out.size(-1)
-    tile = _tile(out.size(-1), NORM_ELEMENTS) | {"num_warps": NORM_WARPS}
+    tile = _tile(out.size(-1), 1024)
+    alone = tile["BLOCK"] == 1024  # a row of one warp has sums without barriers; longer ones would not fit its registers
     tiles = triton.cdiv(n, tile["ROWS"])
-    programs = min(tiles, NORM_PROGRAMS * _processors(out.device))  # about as many as run at once
+    programs = min(tiles, (16 if alone else 8) * _processors(out.device))
+    tile["num_warps"] = 1 if alone else tile["num_warps"]
     dweight = weight.new_empty(programs, len(weight))
     dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
     _add_norm_backward[(programs,)](
@@ -591,7 +592,7 @@ def output_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, gr
     dx = torch.empty_like(x) if gradient else x.new_empty(0)
     dweight = torch.empty(half.shape, dtype=torch.float32, device=x.device) if gradient else weight.new_empty(0)
     lanes = min(LANES, triton.next_power_of_2(triton.cdiv(V, 8)))
-    programs = PROGRAMS * _processors(x.device)
+    programs = PROGRAMS * _processors(x.device) if V > 8 * lanes else len(x)  # a row that is one tile is read once
     for first in range(0, len(x), CHUNK):
         rows = slice(first, first + CHUNK)
         logits = x[rows] @ half.t()

@@ -23,9 +23,9 @@ ARMS = [
 
 
 def close(ours, reference, relative: float):
-    """Within `relative` of the largest entry; a reference of nothing but float64's rounding is 0."""
+    """Within `relative` of the largest entry."""
     error = float((ours.double() - reference.double()).abs().max())
-    assert error <= relative * float(reference.abs().max()) + 1e-13, error
+    assert error <= relative * float(reference.abs().max()), error
 
 
 def two_layers(d: int, H: int, T: int, B: int, n: int, causal: bool, arm: dict, dtype=torch.float32):
@@ -88,8 +88,12 @@ def test_margins_and_all_gradients_are_the_plain_ones(d, H, T, B, n, causal, arm
     exact, exactly_negative, references = exactly(*case)
     assert exact.abs().max() > 0.01 and torch.equal(negative, exactly_negative)
     close(margins, exact, 1e-5)
+    largest = max(float(theirs.abs().max()) for theirs in references)
     for ours, theirs in zip(gradients, references, strict=True):
-        close(ours, theirs, 1e-5)
+        if theirs.abs().max() < 1e-12:  # what cancels in float64 does so in float32 up to its rounding: the gradient of a sequence of one token
+            assert T == 1 and ours.abs().max() < 1e-6 * largest
+        else:
+            close(ours, theirs, 1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])
