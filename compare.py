@@ -392,7 +392,7 @@ def analyse(comparison: CompareConfig, results: dict[str, list[dict]]) -> tuple[
             "ms": summary([cell["ms"] for cell in good]),
             "tokens_per_s": summary([cell["tokens_per_s"] for cell in good]),
             "mode": cells[0]["mode"],
-            "cells": cells,
+            "cells": [brief(cell) for cell in cells],
         }
     for name in names[1:]:
         both = [(a, b) for a, b in zip(results[names[0]], results[name]) if "diverged_at" not in a | b]
@@ -408,6 +408,18 @@ def analyse(comparison: CompareConfig, results: dict[str, list[dict]]) -> tuple[
             pair |= robustness(both)
         pairs[name] = pair
     return arms, pairs
+
+
+def brief(cell: dict) -> dict:
+    """A cell as the report has it: of the margins means and quantiles alone. Histograms and support tokens are long and stay in the cell's file."""
+    evaluation = cell.get("evaluation", {})
+    if "margins" not in evaluation:
+        return cell
+    short = {}
+    for name, value in evaluation["margins"].items():
+        if name not in ("support tokens", "passage"):
+            short[name] = {key: value[key] for key in ("mean", "quantiles")} if isinstance(value, dict) else value
+    return cell | {"evaluation": evaluation | {"margins": short}}
 
 
 def robustness(both: list[tuple[dict, dict]]) -> dict:
@@ -504,7 +516,7 @@ def draw_frontier(path: Path, pairs: dict):
     names = [name for name in FRONTIER if all(name in pair["gains"] for pair in pairs.values())] if pairs else []
     if not names:
         return
-    figure, places = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.5), layout="constrained", squeeze=False)
+    figure, places = plt.subplots(1, len(names), figsize=(5.5 * len(names), 5.5), layout="constrained", squeeze=False)
     for place, name in zip(places[0], names):
         for arm, pair in pairs.items():
             x, y = pair["clean_percent"], pair["gains"][name]
@@ -522,7 +534,7 @@ def draw_frontier(path: Path, pairs: dict):
         place.set(xlabel="change of the clean loss (%)", ylabel=f"robustness gain, {name} (%)")
         place.grid(alpha=0.3)
     if len(pairs) <= 16:
-        places[0][-1].legend(fontsize="x-small")
+        figure.legend(*places[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     save_figure(path, figure)
 
 

@@ -664,6 +664,16 @@ def test_a_perturbation_that_hardly_hurts_the_baseline_has_no_gain():
         assert compare.robustness(list(zip(cells(deltas), cells([0.1, 0.1, 0.1]))))["gains"]["noise"]["n"] == 0
 
 
+def test_the_report_has_quantiles_of_margins_without_their_histograms():
+    layer = {"mean": 0.5, "quantiles": {"0": 0.1}, "counts": [1, 2], "edges": [0.0, 1.0, 2.0]}
+    margins = {"margins, layer 0": layer, "negative determinants, layer 0": 0.0, "support tokens": [{"token": "a"}], "passage": {"tokens": ["a"]}}
+    cell = {"seed": 1, "evaluation": {"clean": {"loss": 2.0}, "margins": margins}}
+    short = {"margins, layer 0": {"mean": 0.5, "quantiles": {"0": 0.1}}, "negative determinants, layer 0": 0.0}
+    assert compare.brief(cell) == {"seed": 1, "evaluation": {"clean": {"loss": 2.0}, "margins": short}} and "counts" in layer
+    for other in ({"diverged_at": 3}, {"evaluation": {"clean": {"loss": 2.0}}}):
+        assert compare.brief(other) is other
+
+
 def test_margins_of_a_variant_are_refused_before_any_run():
     with pytest.raises(InputError, match="--evaluate=margins is for attention_kernel=softmax"):
         parse(["config/quick.py", "config/quick.py --attention_kernel=rbf", "--evaluate=margins"])

@@ -188,16 +188,22 @@ def test_the_table_of_the_barrier_study(tmp_path, capsys):
         "noise": baseline | {"embed_noise": 0.5, "prior_lambda": 0.05, "prior_tied": True},
         "dropout": baseline | {"dropout": 0.3},
     }
+    configs["noise alone"] = baseline | {"embed_noise": 0.5}
     gains = {"noise 1 RMS": interval(0.2, 0.1, 0.3), "attack 0.1, 10 steps": interval(0.16, 0.001, 0.3)}
-    pair = {"clean_percent": interval(-0.5, -1.0, 0.0), "gains": gains}
-    (tmp_path / "report.json").write_text(json.dumps({"provenance": {"configs": configs}, "pairs": {name: pair for name in list(configs)[1:]}}))
+    pairs = {name: {"clean_percent": interval(-0.5, -1.0, 0.0), "gains": gains} for name in list(configs)[1:]}
+
+    def cells(deltas):
+        found = [{"clean": {"loss": 2.0}, "perturb": {name: {"delta": delta} for name in gains}} for delta in deltas]
+        return {"cells": [{"seed": seed, "evaluation": evaluation} for seed, evaluation in enumerate(found)]}
+
+    arms = {"noise alone": cells([0.4, 0.5, 0.45]), "noise": cells([0.2, 0.25, 0.27])}  # gains 0.5, 0.5, 0.4
+    (tmp_path / "report.json").write_text(json.dumps({"provenance": {"configs": configs}, "pairs": pairs, "arms": arms}))
     map_table.main([str(tmp_path)])
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[0] for row in rows] == [
-        "barrier: own heads, square, λ 10",
-        "barrier: variational, noise 0.5, softplus, λ 0.05",
-        "control: dropout 0.3",
-    ]
+    printed = capsys.readouterr().out
+    assert "Variational against its noise of 0.5 alone: clean loss +0.00 %, gain, noise 1 RMS, +46.7 % (+32.3 to +61.0)" in printed
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:6]]
+    names = ["barrier: own heads, square, λ 10", "barrier: variational, noise 0.5, softplus, λ 0.05", "control: dropout 0.3"]
+    assert [row[0] for row in rows] == [*names, "control: embedding noise 0.5"]
     assert all(row[1:] == ["−0.50 % (−1.00 to +0.00)", "+20.0 % (+10.0 to +30.0)", "+16.0 % (+0.1 to +30.0)", "aim met"] for row in rows)
     (tmp_path / "report.json").write_text(json.dumps({"pairs": {"a": {}}, "provenance": {"configs": configs}}))
     with pytest.raises(InputError, match="--evaluate=perturb"):
