@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -146,10 +147,70 @@ def test_the_speed_of_gpus_is_the_committed_benchmarks():
     memory = "{:.1f}, {:.1f} and {:.1f} GiB".format(*(row["peak_gib"] for row in (plain, a, laplacian)))
     assert f"| a step of GPT-2 124M (64 × 1024 tokens) | {ms(plain)} | {ms(a)} | {ms(laplacian)} | {rates}; {memory} |" in README
     more = f"on the embeddings {ms(barrier['A+prior'])}, on the model's own heads {ms(barrier['A+own'])}"
-    assert f"| the same with the log-barrier | | {ms(barrier['A'])} | | {more} |" in README
-    assert f"| a step of `imagenet16` (512 pictures) | | {ms(pictures['A'], 2)} | {ms(pictures['A-I'], 2)} | |" in README
+    assert f"| the same with the log-barrier, earlier kernels | | {ms(barrier['A'])} | | {more} |" in README
+    later = rows("h200_prior_shakespeare_char")
+    cells = f"| {ms(later['A'], 2)} | {ms(later['A-I'], 2)} | with the log-barrier {ms(later['A+prior'], 2)} |"
+    assert f"| the same, later kernels, another machine | {cells}" in README
+    products = "matrix products alone {matrix products:.2f}, attention {attention:.2f}".format_map(pictures["A"]["kernels_ms"])
+    assert f"| a step of `imagenet16` (512 pictures) | | {ms(pictures['A'], 2)} | {ms(pictures['A-I'], 2)} | {products} |" in README
+    text = rows("h200_sample_gpt2")
+    cells = " | ".join(ms(text[arm], 2) for arm in ("A, no cache", "A", "A-I"))
+    rates = f"{text['A']['tokens_per_s']:,.0f} and {text['A-I']['tokens_per_s']:,.0f} tokens/s"
+    assert f"| a token from GPT-2 124M, one sequence, 500 after 100 | {cells} | {rates} |" in README
     together = rows("h200_ddp2_gpt2")
     for arm, label in (("A", "A"), ("A-I", "A − I")):
         one, two = together[f"{arm}, alone"], together[f"{arm}, 2 processes"]
         cells = f"{ms(one)}, {ms(two)} | {rate(one)}, {rate(two)} | {two['ratio']['median']:.3f}"
         assert f"| {label}: one alone, two together | {cells} |" in README
+
+
+@pytest.mark.parametrize("text", ["wikitext2", "shakespeare"])
+def test_the_table_of_the_barrier_is_the_committed_report(text, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    printed = runpy.run_path(str(ROOT / "studies" / "map_table.py"))["table"](report_of(f"map_{text}_char"))
+    rows = [" | ".join(cell.strip() for cell in line.strip("| ").split("|")) for line in printed.splitlines()[2:] if line.startswith("|")]
+    assert len(rows) == 8 and all(f"| {row} |\n" in README for row in rows)
+    assert sum(line.startswith(("| barrier: ", "| control: ")) for line in README.splitlines()) == 16
+
+
+def test_the_words_about_the_barrier_are_the_committed_reports():
+    selection, texts = report_of("map_selection"), {text: report_of(f"map_{text}_char") for text in ("shakespeare", "wikitext2")}
+    configs = selection["provenance"]["configs"]
+    barriers = [name for name, config in configs.items() if config["prior_lambda"]]
+    assert len(barriers) == 16 and len(configs) - len(barriers) == 1 + 6
+    paper = {config["prior_lambda"]: selection["pairs"][name] for name, config in configs.items() if name.count("barrier_prior_lambda")}
+    assert f"costs {1 - paper[0.05]['gains']['noise 1 RMS']['mean']:.1f} times what it costs without it" in README
+    assert f"the clean loss rises by {paper[0.5]['clean_percent']['mean']:.1f} % (two seeds" in README
+
+    def arm(text, words):
+        (name,) = (name for name in texts[text]["pairs"] if name.endswith(words))
+        return name, texts[text]["pairs"][name]["gains"]
+
+    median = {
+        name: sum(cell["evaluation"]["margins"]["margins, sum over layers and heads"]["quantiles"]["0.5"] for cell in entry["cells"]) / 5
+        for name, entry in texts["wikitext2"]["arms"].items()
+    }
+    own = "own_prior_form=softplus_prior_lambda=0.02"
+    assert f"from a median of {median['wikitext2_char']:.1f} to {median[arm('wikitext2', own)[0]]:.1f} on WikiText-2" in README
+    intervals = [
+        (name, text, gain["mean"], gain["interval"])
+        for text, report in texts.items()
+        for name, pair in report["pairs"].items()
+        for gain in pair["gains"].values()
+        if "barrier" in name and "noise" not in name and gain["interval"]
+    ]
+    above = [(name, mean) for name, _, mean, (low, _) in intervals if low > 0]
+    below = sum(high < 0 for *_, (_, high) in intervals)
+    assert not any(own in name for name, _ in above) and all(mean < 0.01 for _, mean in above)
+    assert f"{len(above)} of {len(intervals)} have an interval above 0 (neither reaches 1 %), and {below} one below" in README
+    assert {len(pair["gains"]) for report in texts.values() for pair in report["pairs"].values()} == {25}
+    noise = arm("shakespeare", "char_embed_noise=0.5")[1]["substitution 10%"]["mean"]
+    smooth = [arm(text, "label_smoothing=0.05")[1]["substitution 10%"]["mean"] for text in texts]
+    assert f"on Shakespeare {-noise:.0%} more damage".replace("%", " %") in README
+    assert "takes {:.0f} % off that damage there and {:.0f} % on WikiText-2".format(*(100 * value for value in smooth)) in README
+    import compare
+
+    names = [arm("wikitext2", words)[0] for words in ("char_embed_noise=0.5", "barrier_noise_embed_noise=0.5")]
+    both = list(zip(*(texts["wikitext2"]["arms"][name]["cells"] for name in names)))
+    change = compare.robustness(both)["clean_percent"]
+    assert "\n{:.2f} % ({:.2f} to {:.2f}) of the clean loss on top of its noise".format(change["mean"], *change["interval"]) in README
