@@ -127,7 +127,7 @@ import evaluate
 from dataset import ROOT, incomplete, prepare_if_missing, read_meta, sha256_of, write_file
 from evaluate import save_figure
 from place import find_place, say
-from train import Diverged, Interrupted, build, train
+from train import Diverged, Interrupted, build, check_prior, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -243,6 +243,7 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
     for name in arms:
         if data[name] != data[cells[0][0]]:
             raise InputError(f"arm {name!r} reads other data than {cells[0][0]!r}: their losses cannot be compared")
+        check_prior(arms[name], read_meta(arms[name].dataset)[1]["kind"] == "pictures")
         if comparison.endpoint in ("top1", "top5") and read_meta(arms[name].dataset)[1]["kind"] != "pictures":
             raise InputError(f"--endpoint={comparison.endpoint} is for pictures: use best or last for --dataset={arms[name].dataset}")
     words = {name: place[name].name().partition(",")[0] for name in arms}
@@ -516,24 +517,27 @@ def draw_frontier(path: Path, pairs: dict):
     names = [name for name in FRONTIER if all(name in pair["gains"] for pair in pairs.values())] if pairs else []
     if not names:
         return
-    figure, places = plt.subplots(1, len(names), figsize=(5.5 * len(names), 5.5), layout="constrained", squeeze=False)
+    colours = plt.get_cmap("tab10" if len(pairs) <= 10 else "tab20").colors
+    height = 4.5 + 0.1 * min(len(pairs), 40)  # the legend, two arms a line
+    figure, places = plt.subplots(1, len(names), figsize=(5.5 * len(names), height), layout="constrained", squeeze=False)
     for place, name in zip(places[0], names):
-        for arm, pair in pairs.items():
+        for number, (arm, pair) in enumerate(pairs.items()):
             x, y = pair["clean_percent"], pair["gains"][name]
             if x["mean"] is None or y["mean"] is None:
                 continue
-            spread = [
-                [[scale * (e["mean"] - e["interval"][0])], [scale * (e["interval"][1] - e["mean"])]] if e["interval"] else None
+            spread = [  # of two pairs an interval says nothing and would fill the figure
+                [[scale * (e["mean"] - e["interval"][0])], [scale * (e["interval"][1] - e["mean"])]] if e["interval"] and e["n"] > 2 else None
                 for e, scale in ((x, 1), (y, 100))
             ]
-            place.errorbar([x["mean"]], [100 * y["mean"]], xerr=spread[0], yerr=spread[1], fmt="o", capsize=3, label=arm)
+            form = {"fmt": "os^"[number // len(colours) % 3], "color": colours[number % len(colours)], "capsize": 3, "label": arm}
+            place.errorbar([x["mean"]], [100 * y["mean"]], xerr=spread[0], yerr=spread[1], **form)
         place.axhline(0, color="black", linewidth=1, linestyle="--")
         place.axvline(0, color="black", linewidth=1, linestyle="--")
         place.axhline(15, color="green", linewidth=0.8, linestyle=":")  # the aim: above this one, left of the next
         place.axvline(1.7, color="green", linewidth=0.8, linestyle=":")
         place.set(xlabel="change of the clean loss (%)", ylabel=f"robustness gain, {name} (%)")
         place.grid(alpha=0.3)
-    if len(pairs) <= 16:
+    if len(pairs) <= 40:
         figure.legend(*places[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     save_figure(path, figure)
 
@@ -551,6 +555,8 @@ def provenance(arms: dict[str, TrainConfig], device: str, source: str, data: dic
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
     return {
         "command": shlex.join(["python", "compare.py", *sys.argv[1:]]),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": device,
         "versions": versions,
         "data": source,

@@ -156,7 +156,7 @@ class TrainConfig:
             check_diffusion_heads(self.diffusion_heads, self.n_layer, self.n_head)
         keys_of_arm = ("diffusion_alpha", "diffusion_lambda", "diffusion_heads", "diffusion_learned")
         changed = [key for key in keys_of_arm if getattr(self, key) != getattr(TrainConfig, key)]
-        need(self.diffusion or not changed, f"--{'/'.join(changed)} has no effect without --diffusion=True")
+        need(self.diffusion or not changed, f"--{'/--'.join(changed)} has no effect without --diffusion=True")
         self._check_prior(need)
         if self.decay_lr:
             end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
@@ -196,11 +196,11 @@ class TrainConfig:
             f"--prior_layers={','.join(map(str, layers))} must be different numbers from 0 to n_layer - 1 = {self.n_layer - 1}",
         )
         changed = [key for key in field_names(TrainConfig) if key.startswith("prior_") and getattr(self, key) != getattr(TrainConfig, key)]
-        need(self.prior_lambda > 0 or not changed, f"--{'/'.join(changed)} has no effect without --prior_lambda=NUMBER")
+        need(self.prior_lambda > 0 or not changed, f"--{'/--'.join(changed)} has no effect without --prior_lambda=NUMBER")
         places = {"embedding": ("prior_dim", "prior_energy", "prior_tied", "prior_normalise"), "attention": ("prior_positions", "prior_layers")}
         places.pop(self.prior_where, None)
         idle = [key for keys in places.values() for key in keys if key in changed]
-        need(not idle, f"--{'/'.join(idle)} has no effect with --prior_where={self.prior_where}")
+        need(not idle, f"--{'/--'.join(idle)} has no effect with --prior_where={self.prior_where}")
         need(
             self.plain_attention or self.prior_where == "embedding",
             "--prior_where=attention needs --attention_kernel=softmax, --head_combine=concat and --diffusion_learned=False",

@@ -421,7 +421,8 @@ def margins(subject: Subject) -> Iterator[tuple[str, object]]:
     if subject.tokenizer is None:
         return
     ids = np.concatenate([x.cpu().numpy() for _, x, _ in subject.batches()])[:windows]
-    ranked = np.argsort(np.where(read, total, np.inf), axis=None)[:SUPPORT_TOKENS]
+    choice = read & (np.arange(T) > 0)  # the first token of a causal window sees itself alone: with A - I its margin is 0, whatever the weights
+    ranked = np.argsort(np.where(choice, total, np.inf), axis=None)[: min(SUPPORT_TOKENS, choice.sum())]
 
     def entry(window: int, i: int) -> dict:
         tokens = ids[window]
@@ -577,13 +578,12 @@ def earlier_sections(path: Path, now: dict, overwrite: bool) -> dict:
         return {}
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        same = (report["checkpoint"]["sha256"], report["measured"]) == (now["checkpoint"]["sha256"], now["measured"])
+        then, asked = ({"checkpoint": some["checkpoint"]["sha256"], **some["measured"]} for some in (report, now))
+        other = [key for key in {**then, **asked} if then.get(key) != asked.get(key)]
     except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise InputError(
-            f"{path} is of another checkpoint, other windows or another seed: --overwrite=True replaces it, --out names another directory"
-        )
+        other = ["kind: it is no report of evaluate.py"]
+    if other:
+        raise InputError(f"{path} is of another {', '.join(other)}: --overwrite=True replaces it, --out names another directory")
     return {section: values for section, values in report.items() if section not in now}
 
 
@@ -594,21 +594,28 @@ def main(config: EvaluateConfig):
         run, which = run.resolve().parent, run.resolve().name
     out = Path(config.out or run / f"evaluate-{which}")
     subject, meta = load_subject(config)
+    if config.margins:
+        check_margins(subject)
     try:  # before the work, not after it
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write in {out}: {error.strerror}; name another directory with --out") from None
     evaluators = {"clean": clean} | {name: EVALUATORS[name] for name in EVALUATORS if getattr(config, name)}
-    if config.margins:
-        check_margins(subject)
     checkpoint = {"out_dir": config.out_dir, "which": config.which, "step": meta["step"], "sha256": meta["sha256"], "model": meta["model"]}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "device": subject.place.name(), "dtype": str(subject.place.dtype)}
-    measured = {"windows": f"--eval_tokens={config.eval_tokens}", "seed": config.seed, "data_sha256": subject.data.checksum["val"]}
+    measured = {
+        "windows": f"--eval_tokens={config.eval_tokens}",
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "data_sha256": subject.data.checksum["val"],
+    }
     report = {"checkpoint": checkpoint, "measured": measured, "versions": versions}
     report |= earlier_sections(out / "report.json", report, config.overwrite)
     results = examine(subject, evaluators)
     report |= results
     write_file(out / "report.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    for figure in ("margins.png", "passage.png") if "margins" not in report else ():  # of a report that this one replaced
+        (out / figure).unlink(missing_ok=True)
     files = ["report.json"]
     if config.margins:
         draw_margins(out / "margins.png", results["margins"])

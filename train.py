@@ -91,11 +91,17 @@ def make_model(config: TrainConfig, data: Tokens | Pictures) -> GPT | ViT:
         kind, sizes = GPTConfig, {"vocab_size": config.vocab_size or data.vocab_size}
         of_pictures = [key for key in ("patch_size", "crop_pad", "flip") if getattr(config, key) != getattr(TrainConfig, key)]
         if of_pictures:
-            raise InputError(f"--{'/'.join(of_pictures)} has no effect on text, which --dataset={config.dataset} is: take it out")
+            raise InputError(f"--{'/--'.join(of_pictures)} has no effect on text, which --dataset={config.dataset} is: take it out")
         if sizes["vocab_size"] < data.vocab_size:
             raise InputError(f"--vocab_size={config.vocab_size} is smaller than the {data.vocab_size} tokens of --dataset={config.dataset}")
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(kind) if field.name not in sizes}
     return (ViT if kind is ViTConfig else GPT)(kind(**shared, **sizes))
+
+
+def check_prior(config: TrainConfig, pictures: bool):
+    """Raises InputError for a barrier that is not for data of this kind."""
+    if config.prior_lambda and config.prior_where == "embedding" and pictures:
+        raise InputError("--prior_where=embedding is a causal model of text: use --prior_where=attention for pictures")
 
 
 def make_objective(config: TrainConfig, model: GPT | ViT, place: Place) -> torch.nn.Module:
@@ -104,8 +110,7 @@ def make_objective(config: TrainConfig, model: GPT | ViT, place: Place) -> torch
         return model
     if place.world > 1 and config.parallel == "fsdp":
         raise InputError("--parallel=fsdp shards what prior_lambda, embed_noise and label_smoothing look at: use --parallel=ddp")
-    if config.prior_lambda and config.prior_where == "embedding" and isinstance(model, ViT):
-        raise InputError("--prior_where=embedding is a causal model of text: use --prior_where=attention for pictures")
+    check_prior(config, isinstance(model, ViT))
     from prior import Objective
 
     return Objective(model, config).to(place.device)
@@ -498,7 +503,8 @@ def run(config: TrainConfig, place: Place) -> int:
     except Diverged as error:
         status = 1
         if place.rank == 0:
-            print(f"error: {error}. Try a lower --learning_rate", file=sys.stderr)
+            lower = "--learning_rate, or a barrier with a lower --prior_lambda" if config.prior_lambda else "--learning_rate"
+            print(f"error: {error}. Try a lower {lower}", file=sys.stderr)
     except Interrupted as error:
         status = 128 + error.signal
         if place.rank == 0:

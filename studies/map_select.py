@@ -35,6 +35,8 @@ def read_arms(report: dict) -> list[dict]:
         words = [word for word in shlex.split(report["provenance"]["command"])[2:] if not word.startswith("--")]
         configs, pairs = report["provenance"]["configs"], report["pairs"]
         baseline = configs[next(iter(configs))]
+        if any(config["prior_detach"] for config in configs.values()):
+            raise InputError("the report has arms with prior_detach, the cut control: it is not the selection's")
         arms = []
         for word, (name, config) in list(zip(words, configs.items(), strict=True))[1:]:
             pair = pairs[name]

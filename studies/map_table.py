@@ -28,18 +28,21 @@ def words(config: dict, baseline: dict) -> str:
         where = f"variational, noise {config['embed_noise']:g}"
     else:
         where = "tied, normalised" if config["prior_tied"] else "full prior" if config["prior_energy"] else "on embeddings"
-    return f"barrier: {where}, {config['prior_form']}, λ {config['prior_lambda']:g}"
+    more = (", annealed" if config["prior_anneal"] else "") + (", gradient cut" if config["prior_detach"] else "")
+    return f"barrier: {where}, {config['prior_form']}, λ {config['prior_lambda']:g}{more}"
 
 
 def verdict(clean: dict, gains: list[dict]) -> str:
-    """In one or two words; `-` where an interval is missing."""
+    """In a few words; `-` where an interval is missing."""
     if any(entry["interval"] is None for entry in (clean, *gains)):
         return "-"
     if all(gain["mean"] >= GAIN and gain["interval"][0] > 0 for gain in gains) and clean["mean"] <= COST:
         return "aim met"
     if all(gain["interval"][0] > 0 for gain in gains):
         return "helps, aim missed"
-    return "harms" if any(gain["interval"][1] < 0 for gain in gains) else "no gain shown"
+    if any(gain["interval"][1] < 0 for gain in gains):
+        return "harms"
+    return "one of two" if any(gain["interval"][0] > 0 for gain in gains) else "no gain shown"
 
 
 def cell(entry: dict, unit: float, digits: int) -> str:

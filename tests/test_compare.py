@@ -634,6 +634,13 @@ def test_accuracy_of_text_is_refused_before_anything_is_trained(arms, tmp_path, 
         run(tmp_path, *arms, f"--endpoint={endpoint}")
 
 
+def test_a_barrier_that_is_not_for_the_data_is_told_before_any_cell_is_run(arms, tmp_path, monkeypatch):
+    refuses_to_train(monkeypatch)
+    monkeypatch.setattr(compare, "check_prior", lambda config, pictures: train.check_prior(config, True))  # as if the text were pictures
+    with pytest.raises(InputError, match="--prior_where=embedding is a causal model of text"):
+        run(tmp_path / "out", arms[0], f"{arms[1]} --prior_lambda=0.1")
+
+
 def test_pictures_of_which_nothing_is_left_are_reported():
     comparison = CompareConfig(seeds=2, endpoint="top1")
     arms, pairs = analyse(comparison, {name: [cell(1, None), cell(2, None)] for name in ("base", "arm")})

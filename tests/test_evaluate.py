@@ -298,13 +298,14 @@ def test_support_tokens_are_the_lowest_and_stand_where_they_say(subject):
     values, _, _ = all_margins(subject)
     total = values.sum(axis=(1, 2))
     support = results["support tokens"]
-    assert [s["margin"] for s in support] == pytest.approx(np.sort(total, axis=None)[:20].tolist(), rel=1e-5)
+    assert [s["margin"] for s in support] == pytest.approx(np.sort(total[:, 1:], axis=None)[:20].tolist(), rel=1e-5)  # not a window's first token
+    assert all(s["position"] > 0 for s in support)
     text = np.concatenate([x.numpy() for _, x, _ in subject.batches()])
     for s in support:
         window = subject.tokenizer.decode(text[s["window"]])
         assert window[s["position"]] == s["token"] and (s["before"] + s["token"] + s["after"]) in window
     passage = results["passage"]
-    assert passage["window"] == support[0]["window"] and min(passage["margins"]) == support[0]["margin"] and len(passage["tokens"]) == 16
+    assert passage["window"] == support[0]["window"] and min(passage["margins"][1:]) == support[0]["margin"] and len(passage["tokens"]) == 16
     everything = results["margins, sum over layers and heads"]
     assert everything["mean"] == pytest.approx(float(total.mean()), abs=1e-5) and everything["quantiles"]["0"] == pytest.approx(float(total.min()))
     assert sum(everything["counts"]) >= 0.99 * total.size
@@ -330,6 +331,18 @@ def test_the_command_writes_report_and_figures(runs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| noise 1 RMS" in printed and "support token" in printed and f"loss: {report['clean']['loss']:.6g}" in printed
     assert f"{report['perturb']['swap 10%']['delta']:+.4f}" in table({"perturb": report["perturb"]})
+
+
+def test_a_report_is_of_one_precision_and_its_figures_are_its_own(runs, tmp_path):
+    keys = dict(out_dir=str(runs["A"]), eval_tokens=64, device="cpu", out=str(tmp_path))
+    evaluate.main(EvaluateConfig(margins=True, **keys))
+    before = (tmp_path / "report.json").read_bytes()
+    for changed, what in (({"dtype": "bfloat16"}, "dtype"), ({"eval_tokens": 80, "seed": 2}, "windows, seed")):
+        with pytest.raises(InputError, match=f"is of another {what}: --overwrite=True"):
+            evaluate.main(EvaluateConfig(**(keys | changed)))
+    assert (tmp_path / "report.json").read_bytes() == before and (tmp_path / "margins.png").is_file()
+    evaluate.main(EvaluateConfig(overwrite=True, **keys))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 
 
 REFUSALS = {

@@ -174,13 +174,15 @@ def test_the_table_of_the_barrier_is_the_committed_report(text, monkeypatch):
 
 
 def test_the_words_about_the_barrier_are_the_committed_reports():
+    import compare
+
     selection, texts = report_of("map_selection"), {text: report_of(f"map_{text}_char") for text in ("shakespeare", "wikitext2")}
     configs = selection["provenance"]["configs"]
     barriers = [name for name, config in configs.items() if config["prior_lambda"]]
     assert len(barriers) == 16 and len(configs) - len(barriers) == 1 + 6
     paper = {config["prior_lambda"]: selection["pairs"][name] for name, config in configs.items() if name.count("barrier_prior_lambda")}
-    assert f"costs {1 - paper[0.05]['gains']['noise 1 RMS']['mean']:.1f} times what it costs without it" in README
-    assert f"the clean loss rises by {paper[0.5]['clean_percent']['mean']:.1f} % (two seeds" in README
+    assert f"cost {1 - paper[0.05]['gains']['noise 1 RMS']['mean']:.1f} times as much with it at λ = 0.05" in README
+    assert f"the clean loss rose by {paper[0.5]['clean_percent']['mean']:.1f} % at 0.5" in README
 
     def arm(text, words):
         (name,) = (name for name in texts[text]["pairs"] if name.endswith(words))
@@ -202,15 +204,45 @@ def test_the_words_about_the_barrier_are_the_committed_reports():
     above = [(name, mean) for name, _, mean, (low, _) in intervals if low > 0]
     below = sum(high < 0 for *_, (_, high) in intervals)
     assert not any(own in name for name, _ in above) and all(mean < 0.01 for _, mean in above)
-    assert f"{len(above)} of {len(intervals)} have an interval above 0 (neither reaches 1 %), and {below} one below" in README
+    assert f"{len(above)} of {len(intervals)} have an interval above 0 (neither reaches 1 %) and {below} one below" in README
+    endpoints = {
+        text: [
+            pair["gains"][e]["interval"]
+            for name, pair in report["pairs"].items()
+            if "barrier" in name and "noise" not in name
+            for e in compare.FRONTIER
+        ]
+        for text, report in texts.items()
+    }
+    assert all(high < 0.15 for _, high in endpoints["shakespeare"][1::2]) and sum(high > 0.15 for _, high in endpoints["wikitext2"]) > 4
+    stage = {name.removeprefix("shakespeare_char_"): pair for name, pair in selection["pairs"].items()}
+    assert f"does {1 - stage['embed_noise=1']['gains'][compare.FRONTIER[1]]['mean']:.1f} times the damage (stage 1)" in README
+    dropout = stage["dropout=0.3"]
+    gains = [100 * dropout["gains"][e]["mean"] for e in compare.FRONTIER]
+    assert "(+{:.0f} % and +{:.0f} % at +{:.1f} % clean loss)".format(*gains, dropout["clean_percent"]["mean"]) in README
+    detached = report_of("map_detach")
+    again = [report["arms"]["shakespeare_char"]["cells"][1] for report in (texts["shakespeare"], detached)]
+    assert [cell["seed"] for cell in again] == [2, 2] and texts["shakespeare"]["provenance"]["code_sha256"] == detached["provenance"]["code_sha256"]
+    assert "{} and {} for the same seed".format(*sorted(f"{cell['best_val_loss']:.4f}" for cell in again)) in README
+    (cut,) = detached["pairs"].values()
+    gain = cut["gains"]["noise 1 RMS"]
+    assert (
+        "GPU: {:+.1f} % ({:+.1f} to {:+.1f}) on noise of 1 RMS".format(*(100 * x for x in (gain["mean"], *gain["interval"]))).replace("-", "−")
+        in README
+    )
     assert {len(pair["gains"]) for report in texts.values() for pair in report["pairs"].values()} == {25}
     noise = arm("shakespeare", "char_embed_noise=0.5")[1]["substitution 10%"]["mean"]
     smooth = [arm(text, "label_smoothing=0.05")[1]["substitution 10%"]["mean"] for text in texts]
-    assert f"on Shakespeare {-noise:.0%} more damage".replace("%", " %") in README
-    assert "takes {:.0f} % off that damage there and {:.0f} % on WikiText-2".format(*(100 * value for value in smooth)) in README
-    import compare
-
-    names = [arm("wikitext2", words)[0] for words in ("char_embed_noise=0.5", "barrier_noise_embed_noise=0.5")]
-    both = list(zip(*(texts["wikitext2"]["arms"][name]["cells"] for name in names)))
-    change = compare.robustness(both)["clean_percent"]
-    assert "\n{:.2f} % ({:.2f} to {:.2f}) of the clean loss on top of its noise".format(change["mean"], *change["interval"]) in README
+    assert f"on Shakespeare {-100 * noise:.0f} % more damage from 10 % substituted" in README
+    assert (
+        "takes {:.0f} % off the damage of\nsubstitutions on Shakespeare and {:.0f} % on WikiText-2".format(*(100 * value for value in smooth))
+        in README
+    )
+    costs = []
+    for text in texts:
+        names = [arm(text, words)[0] for words in ("char_embed_noise=0.5", "barrier_noise_embed_noise=0.5")]
+        pair = compare.robustness(list(zip(*(texts[text]["arms"][name]["cells"] for name in names))))
+        assert all(low < 0 < high for low, high in (pair["gains"][e]["interval"] for e in compare.FRONTIER))
+        costs += [pair["clean_percent"]["mean"], *pair["clean_percent"]["interval"]]
+    words = "costs {:.2f} % ({:.2f} to {:.2f}) of the clean loss on Shakespeare and {:.2f} % ({:.2f} to {:.2f}) on\nWikiText-2"
+    assert words.format(*costs).replace("-", "−").replace("WikiText−2", "WikiText-2") in README
