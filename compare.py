@@ -647,7 +647,9 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     lines = [f"# {' against '.join(arms)}", "", text, "", "![validation loss](curves.png)", "![paired differences](paired.png)", ""]
     lines += ["![robustness against clean loss](frontier.png)", ""] if "frontier.png" in figures else []
     lines += [f"Data: {origin['data']}. Losses on other data are not comparable.", ""]
-    lines += [f"Endpoint: {ENDPOINTS[comparison.endpoint][0]}. Made by `{origin['command']}` on {origin['device']}, torch {torch.__version__},"]
+    how = f" in {origin['processes']} processes of torchrun" if origin["processes"] > 1 else ""
+    made = f"Made by `{origin['command']}`{how} on {origin['device']}, torch {torch.__version__}, finished {origin['finished'][:10]},"
+    lines += [f"Endpoint: {ENDPOINTS[comparison.endpoint][0]}. {made}"]
     revision = f"revision {origin['git_revision'] or 'unknown'}{' with local changes' if origin['git_modified'] else ''}"
     lines += [f"{revision}, code sha256 {origin['code_sha256'][:12]}; configurations and every cell: report.json.", ""]
     write_file(out_dir / "report.md", "\n".join(lines).encode())
