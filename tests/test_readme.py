@@ -246,3 +246,36 @@ def test_the_words_about_the_barrier_are_the_committed_reports():
         costs += [pair["clean_percent"]["mean"], *pair["clean_percent"]["interval"]]
     words = "costs {:.2f} % ({:.2f} to {:.2f}) of the clean loss on Shakespeare and {:.2f} % ({:.2f} to {:.2f}) on\nWikiText-2"
     assert words.format(*costs).replace("-", "−").replace("WikiText−2", "WikiText-2") in README
+
+
+def test_the_table_of_heads_is_the_committed_report():
+    report = report_of("heads_quick")
+    labels = ["none (A)", "one of four", "two", "three", "all (A − I)", "all, in the first two of four layers", "all, in the last two layers"]
+    for (name, arm), label in zip(report["arms"].items(), [*labels, "all, α learned from 0.5, one per head"], strict=True):
+        assert arm["n"] == 5 and not arm["diverged"]
+        row = f"| {label} | {words(arm['best_val_loss']['mean'])} ± {words(arm['best_val_loss']['sd'])} |"
+        if name in report["pairs"]:
+            entry = report["pairs"][name]["best"]
+            row += " {} ({} to {}) |".format(*(words(value, "+") for value in (entry["mean"], *entry["interval"])))
+        assert f"{row}\n" in README or f"{row} |\n" in README
+
+
+def test_the_words_about_heads_and_alpha_are_the_committed_reports():
+    report = report_of("lambda_map_quick")
+    cells = {}
+    for name, config in report["provenance"]["configs"].items():
+        if config["diffusion"]:
+            cells[config["diffusion_alpha"], config["diffusion_lambda"], config["learning_rate"]] = report["arms"][name]["best_val_loss"]["mean"]
+        assert not report["arms"][name]["diverged"]
+    line = ", ".join(f"{cells[alpha, 1.0, 1e-3]:.3f} ({alpha:g})" for alpha in (0.0, 0.25, 0.5, 0.75, 1.0))
+    assert f"by α the loss is {line} and {cells[1.25, 1.0, 1e-3]:.3f} (1.25)" in README
+    assert f"A − I falls from {cells[1.0, 1.0, 5e-4]:.3f} to {cells[1.0, 1.0, 4e-3]:.3f}" in README
+    probes = [json.loads((ROOT / "results" / "heads_quick_learned" / f"seed-{seed}.json").read_text())["probe"] for seed in (1, 2, 3)]
+    means = [sum(probe[f"layer {layer} head {head} alpha"] for probe in probes for head in range(4)) / 12 for layer in range(4)]
+    assert "0.5 to\n{:.2f} in the first layer, {:.2f}, {:.2f} and {:.2f} in the last".format(*means) in README
+    report = report_of("pretrained_quick")
+    arms = {config["diffusion_alpha"]: name for name, config in report["provenance"]["configs"].items()}
+    start = {alpha: sum(cell["curve"][0][1] for cell in report["arms"][arms[alpha]]["cells"]) / 5 for alpha in (0, 0.1, 1)}
+    assert f"from {start[0]:.3f} to {start[0.1]:.3f} at α = 0.1 and {start[1]:.3f} at 1" in README
+    entry = report["pairs"][arms[1]]["last"]
+    assert "fine-tuning leave {:+.3f} ({:+.3f} to {:+.3f})".format(entry["mean"], *entry["interval"]) in README
