@@ -279,3 +279,26 @@ def test_the_words_about_heads_and_alpha_are_the_committed_reports():
     assert f"from {start[0]:.3f} to {start[0.1]:.3f} at α = 0.1 and {start[1]:.3f} at 1" in README
     entry = report["pairs"][arms[1]]["last"]
     assert "fine-tuning leave {:+.3f} ({:+.3f} to {:+.3f})".format(entry["mean"], *entry["interval"]) in README
+
+
+def test_the_words_about_tuned_rates_are_the_committed_reports():
+    report, rates = report_of("alpha_quick_tuned"), report_of("alpha_quick_rates")
+    chosen = {}
+    for name, config in rates["provenance"]["configs"].items():
+        arm = config["diffusion"] and config["diffusion_alpha"]
+        chosen.setdefault(arm, []).append((rates["arms"][name]["best_val_loss"]["mean"], config["learning_rate"]))
+    assert (
+        [min(some)[1] for some in chosen.values()]
+        == [config["learning_rate"] for config in report["provenance"]["configs"].values()]
+        == [8e-3, 8e-3, 4e-3]
+    )
+    found = []
+    for arm in report["arms"].values():
+        assert arm["n"] == 8
+        found.append(f"{words(arm['best_val_loss']['mean'])} ± {words(arm['best_val_loss']['sd'])}")
+    differences = [[words(x, "+") for x in (pair["best"]["mean"], *pair["best"]["interval"])] for pair in report["pairs"].values()]
+    part, whole = ("{} ({} to {})".format(*some) for some in differences)
+    assert f"eight seeds: A {found[0]},\nA − 0.25 I {found[1]}, by {part} undecided, A − I {found[2]}, by {whole} worse" in README
+    assert f"is at {dict(map(reversed, chosen[1.0]))[8e-3]:.3f} with 8e-3" in README
+    low, high = report["pairs"][list(report["arms"])[1]]["best"]["interval"]
+    assert low < 0 < high and report["pairs"][list(report["arms"])[2]]["best"]["interval"][0] > 0
