@@ -555,7 +555,7 @@ def provenance(arms: dict[str, TrainConfig], device: str, source: str, data: dic
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
     return {
         "command": shlex.join(["python", "compare.py", *sys.argv[1:]]),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes_of_this_call": int(os.environ.get("WORLD_SIZE", 1)),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": device,
         "versions": versions,
@@ -647,7 +647,8 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     lines = [f"# {' against '.join(arms)}", "", text, "", "![validation loss](curves.png)", "![paired differences](paired.png)", ""]
     lines += ["![robustness against clean loss](frontier.png)", ""] if "frontier.png" in figures else []
     lines += [f"Data: {origin['data']}. Losses on other data are not comparable.", ""]
-    how = f" in {origin['processes']} processes of torchrun" if origin["processes"] > 1 else ""
+    processes = origin["processes_of_this_call"]
+    how = f" in {processes} processes of torchrun" if processes > 1 else ""
     made = f"Made by `{origin['command']}`{how} on {origin['device']}, torch {torch.__version__}, finished {origin['finished'][:10]},"
     lines += [f"Endpoint: {ENDPOINTS[comparison.endpoint][0]}. {made}"]
     revision = f"revision {origin['git_revision'] or 'unknown'}{' with local changes' if origin['git_modified'] else ''}"

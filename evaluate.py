@@ -418,10 +418,10 @@ def margins(subject: Subject) -> Iterator[tuple[str, object]]:
         yield f"margins, {name}", {"mean": float(some.mean()), "quantiles": quantiles, "counts": counts.tolist(), "edges": edges.tolist()}
     for i in range(layers):
         yield f"negative determinants, layer {i}", float(negative[:, i].transpose(0, 2, 1)[read].mean())
-    if subject.tokenizer is None:
+    if subject.tokenizer is None or T == 1:
         return
     ids = np.concatenate([x.cpu().numpy() for _, x, _ in subject.batches()])[:windows]
-    choice = read & (np.arange(T) > 0)  # the first token of a causal window sees itself alone: with A - I its margin is 0, whatever the weights
+    choice = read & (np.arange(T) > 0)  # a window's first token sees itself alone: with A - I its margin is 0, whatever the weights
     ranked = np.argsort(np.where(choice, total, np.inf), axis=None)[: min(SUPPORT_TOKENS, choice.sum())]
 
     def entry(window: int, i: int) -> dict:
@@ -578,6 +578,7 @@ def earlier_sections(path: Path, now: dict, overwrite: bool) -> dict:
         return {}
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
+        report["measured"].setdefault("dtype", report["versions"]["dtype"].removeprefix("torch."))  # older reports have it there alone
         then, asked = ({"checkpoint": some["checkpoint"]["sha256"], **some["measured"]} for some in (report, now))
         other = [key for key in {**then, **asked} if then.get(key) != asked.get(key)]
     except (OSError, ValueError, KeyError, TypeError):
@@ -614,8 +615,9 @@ def main(config: EvaluateConfig):
     results = examine(subject, evaluators)
     report |= results
     write_file(out / "report.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
-    for figure in ("margins.png", "passage.png") if "margins" not in report else ():  # of a report that this one replaced
-        (out / figure).unlink(missing_ok=True)
+    for figure, section in (("margins.png", report), ("passage.png", report.get("margins", {}))):  # of a report that this one replaces
+        if config.overwrite and figure.removesuffix(".png") not in section:
+            (out / figure).unlink(missing_ok=True)
     files = ["report.json"]
     if config.margins:
         draw_margins(out / "margins.png", results["margins"])

@@ -1,4 +1,4 @@
-"""Stage 1 of the barrier study decides stage 2: python studies/map_select.py out-map-selection
+"""Stage 1 of the barrier study decides stage 2: python studies/map_select.py results/map_selection
 
 Reads report.json of the selection (studies/map.md) and prints a table of its arms, the setting that the rule takes of each form and control, and the
 commands of stage 2. The rule: of a form the setting with the largest gain on embedding noise of 1 RMS among those that cost at most 1.7 % of the

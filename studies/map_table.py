@@ -87,7 +87,7 @@ def table(report: dict) -> str:
             gains = [pair["gains"][endpoint] for endpoint in ENDPOINTS]
             rows.append([words(configs[name], baseline), *figures(pair), verdict(pair["clean_percent"], gains)])
         sentences = beyond_noise(report)
-    except (KeyError, TypeError, AttributeError, StopIteration):
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         raise InputError("the report is not one of compare.py with --evaluate=perturb") from None
     headers = ["arm", "clean loss", *(f"gain, {name}" for name in ENDPOINTS), ""]
     return "\n\n".join([tabulate(rows, headers, tablefmt="github", disable_numparse=True), *sentences])

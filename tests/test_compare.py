@@ -543,7 +543,8 @@ def test_processes_of_torchrun_share_the_cells_and_get_the_same_losses(undisturb
     assert done.stdout.count("| arm ") == 1, "one process reports"
     assert done.stdout.count("/3] ") == 6, "each has run three of the six cells"
     assert report["provenance"]["command"].startswith("python compare.py ") and "--seeds=3" in report["provenance"]["command"]
-    assert report["provenance"]["processes"] == 2 and undisturbed[1]["provenance"]["processes"] == 1
+    origins = [some["provenance"] for some in (report, undisturbed[1])]
+    assert [origin["processes_of_this_call"] for origin in origins] == [2, 1] and origins[1]["finished"] < origins[0]["finished"]
     assert "in 2 processes of torchrun on cpu" in (tmp_path / "report.md").read_text()
 
 

@@ -341,6 +341,11 @@ def test_a_report_is_of_one_precision_and_its_figures_are_its_own(runs, tmp_path
         with pytest.raises(InputError, match=f"is of another {what}: --overwrite=True"):
             evaluate.main(EvaluateConfig(**(keys | changed)))
     assert (tmp_path / "report.json").read_bytes() == before and (tmp_path / "margins.png").is_file()
+    older = json.loads(before)
+    del older["measured"]["dtype"]  # as reports once were
+    (tmp_path / "report.json").write_text(json.dumps(older))
+    evaluate.main(EvaluateConfig(**keys))
+    assert "margins" in json.loads((tmp_path / "report.json").read_text()) and (tmp_path / "margins.png").is_file()
     evaluate.main(EvaluateConfig(overwrite=True, **keys))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 

@@ -55,7 +55,7 @@ def test_dropout_keeps_the_share_it_should_and_draws_anew(p):
     assert torch.equal(fused.keep(x, p, 2), masks)
 
 
-@pytest.mark.parametrize("shape", [(7, 24), (3, 5, 96), (2, 384)])
+@pytest.mark.parametrize("shape", [(7, 24), (3, 5, 96), (2, 384), (37, 768), (3, 1100)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("last", [True, False])
@@ -100,10 +100,11 @@ def test_attention_and_its_gradients_are_those_of_the_stored_matrix(arm, causal)
         close(ours, theirs, 1e-5, 1e-5 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize(("rows", "vocabulary", "chunk"), [(7, 11, 100), (33, 8209, 8), (16, 64, 16)])
+@pytest.mark.parametrize(("rows", "vocabulary", "chunk"), [(7, 11, 100), (33, 8209, 8), (16, 64, 16), (9, 16403, 9), (6, 16384, 6), (7, 1000, 7)])
 @pytest.mark.parametrize("ignored", [0, 5])
 def test_output_layer_and_cross_entropy(monkeypatch, rows, vocabulary, chunk, ignored):
     monkeypatch.setattr(fused, "CHUNK", chunk)
+    monkeypatch.setattr(fused, "_processors", lambda device: 1)  # so that a program has several rows
     torch.manual_seed(0)
     dtype = torch.bfloat16 if CUDA else torch.float32
     x, targets = torch.randn(rows, 16, device=DEVICE).to(dtype), torch.randint(vocabulary, (rows,), device=DEVICE)

@@ -537,7 +537,7 @@ def test_two_processes_train_as_one(tokens_dir, tmp_path):
     "changes, words",
     [
         ({"prior_form": "square"}, "prior_form has no effect without --prior_lambda"),
-        ({"prior_dim": 4, "prior_detach": True}, "prior_detach/prior_dim has no effect"),
+        ({"prior_dim": 4, "prior_detach": True}, "prior_detach/--prior_dim has no effect"),
         ({"prior_lambda": -1.0}, "prior_lambda=-1.0"),
         ({"prior_lambda": 0.1, "prior_where": "head"}, "prior_where=head must be"),
         ({"prior_lambda": 0.1, "prior_form": "log"}, "prior_form=log must be"),

@@ -69,6 +69,12 @@ def test_the_words_about_shakespeare_are_the_committed_reports():
     assert f"({words(losses['1e-3'])} and {words(losses['2e-3'])})" in README
 
 
+def test_no_committed_result_names_a_path_of_the_machine_it_was_made_on():
+    for path in (ROOT / "results").rglob("*"):
+        if path.suffix in (".json", ".md"):
+            assert not re.search(r"/(tmp|work|root|home)/", path.read_text(encoding="utf-8")), path
+
+
 def test_every_file_it_links_or_runs_exists():
     links = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^"]+)"', README)
     scripts = re.findall(r"(?:config/|data/\w+/|python )([\w/]+\.py)", README)
@@ -204,7 +210,7 @@ def test_the_words_about_the_barrier_are_the_committed_reports():
     above = [(name, mean) for name, _, mean, (low, _) in intervals if low > 0]
     below = sum(high < 0 for *_, (_, high) in intervals)
     assert not any(own in name for name, _ in above) and all(mean < 0.01 for _, mean in above)
-    assert f"{len(above)} of {len(intervals)} have an interval above 0 (neither reaches 1 %) and {below} one below" in README
+    assert f"{len(above)} of {len(intervals)} have an interval above 0 (neither reaches 1 %) and {below} one below, no more" in README
     endpoints = {
         text: [
             pair["gains"][e]["interval"]
@@ -214,16 +220,17 @@ def test_the_words_about_the_barrier_are_the_committed_reports():
         ]
         for text, report in texts.items()
     }
-    assert all(high < 0.15 for _, high in endpoints["shakespeare"][1::2]) and sum(high > 0.15 for _, high in endpoints["wikitext2"]) > 4
+    assert all(high < 0.15 for _, high in endpoints["shakespeare"][1::2])
+    assert [sum(low < 0.15 < high for low, high in some) for some in (endpoints["shakespeare"][::2], endpoints["wikitext2"])] == [3, 6]
     stage = {name.removeprefix("shakespeare_char_"): pair for name, pair in selection["pairs"].items()}
-    assert f"does {1 - stage['embed_noise=1']['gains'][compare.FRONTIER[1]]['mean']:.1f} times the damage (stage 1)" in README
+    assert f"does {1 - stage['embed_noise=1']['gains'][compare.FRONTIER[1]]['mean']:.1f} times the damage (stage 1, two seeds, undecided)" in README
     dropout = stage["dropout=0.3"]
     gains = [100 * dropout["gains"][e]["mean"] for e in compare.FRONTIER]
     assert "(+{:.0f} % and +{:.0f} % at +{:.1f} % clean loss)".format(*gains, dropout["clean_percent"]["mean"]) in README
     detached = report_of("map_detach")
     again = [report["arms"]["shakespeare_char"]["cells"][1] for report in (texts["shakespeare"], detached)]
     assert [cell["seed"] for cell in again] == [2, 2] and texts["shakespeare"]["provenance"]["code_sha256"] == detached["provenance"]["code_sha256"]
-    assert "{} and {} for the same seed".format(*sorted(f"{cell['best_val_loss']:.4f}" for cell in again)) in README
+    assert "{} and {} for one seed".format(*sorted(f"{cell['best_val_loss']:.4f}" for cell in again)) in README
     (cut,) = detached["pairs"].values()
     gain = cut["gains"]["noise 1 RMS"]
     assert (

@@ -794,5 +794,5 @@ def test_a_closed_pipe_saves_and_ends_quietly(tokens_dir, tmp_path):
 
 
 def test_keys_of_pictures_are_not_ignored_for_text(tokens_dir, tmp_path):
-    with pytest.raises(InputError, match="--patch_size/flip has no effect on text"):
+    with pytest.raises(InputError, match="--patch_size/--flip has no effect on text"):
         build(tiny(tokens_dir, tmp_path, patch_size=4, flip=False))
