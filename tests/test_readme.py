@@ -24,6 +24,7 @@ RESULTS = {  # a row of the first table: the report's directory, A and A - I in 
     "own rate": ("shakespeare_char_own_rate", "shakespeare_char", "shakespeare_char_laplacian"),
     "tuned": ("shakespeare_char_tuned", "shakespeare_char_learning_rate=4e-3", "shakespeare_char_laplacian_learning_rate=2e-3"),
     "quick": ("weight_init_quick", "quick", "quick_laplacian"),
+    "quick, tuned": ("alpha_quick_tuned", "quick_learning_rate=0.008", "quick_laplacian_learning_rate=0.004"),
 }
 
 
