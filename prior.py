@@ -120,17 +120,17 @@ class _Symmetric(torch.autograd.Function):
         return flat.index_select(-1, i * p + j) + flat.index_select(-1, j * p + i) * (i != j), None
 
 
-def moments(q, k, u, scale: float | None = None):
+def moments(q, k, u):
     """Mean and covariance of the past under strict causal attention, from one call of the fused kernel (THEORY section 2).
 
-    q, k, u: (B, T, p); logits are scale x q k^T, by default 1 / sqrt(p). Returns mu (B, T - 1, p) and Sigma (B, T - 1, p, p) of positions 2..T; the
+    q, k, u: (B, T, p); the logits are q k^T. Returns mu (B, T - 1, p) and Sigma (B, T - 1, p, p) of positions 2..T; the
     first has no past. The values are u and the p (p + 1) / 2 distinct products of its entries.
     """
     p = u.size(-1)
     values = torch.cat((u, _Products.apply(u)), dim=-1)
     width = values.size(-1)
     values = F.pad(values, (0, -width % 8))  # the fused kernels want such a width
-    averages = F.scaled_dot_product_attention(q[:, None, 1:], k[:, None, :-1], values[:, None, :-1], is_causal=True, scale=scale)[:, 0]
+    averages = F.scaled_dot_product_attention(q[:, None, 1:], k[:, None, :-1], values[:, None, :-1], is_causal=True, scale=1.0)[:, 0]
     mean, second = averages[..., :p], averages[..., p:width]
     return mean, _Symmetric.apply(second, p) - mean[..., :, None] * mean[..., None, :]
 
@@ -175,7 +175,7 @@ class EmbeddingPrior(nn.Module):
             w_q, w_k = self.query.weight, (self.query if self.tied else self.key).weight
             p = u.size(-1)
             b = w_k.T @ w_q / math.sqrt(p)
-            mean, covariance = moments(u @ b.T, u, u, scale=1.0)  # u_i^T B^T u_j = q_i k_j / sqrt(p), with one projection instead of two
+            mean, covariance = moments(u @ b.T, u, u)  # u_i^T B^T u_j = q_i k_j / sqrt(p), with one projection instead of two
             blocks = torch.eye(p, dtype=u.dtype, device=u.device) - (covariance[..., None] * b).sum(dim=-2)  # a product in full float32
             margins, negative = log_abs_det(blocks)
             residual = u - F.pad(mean, (0, 0, 1, 0))

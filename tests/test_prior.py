@@ -131,7 +131,7 @@ def test_one_call_gives_the_plain_moments(p):
     q, k, u = (torch.randn(2, 6, p, dtype=torch.float64, generator=generator) for _ in range(3))
     mean, covariance = moments(q, k, u)
     for b, i in itertools.product(range(2), range(1, 6)):
-        a = torch.softmax(q[b, i] @ k[b, :i].T / math.sqrt(p), dim=0)
+        a = torch.softmax(q[b, i] @ k[b, :i].T, dim=0)
         centred = u[b, :i] - a @ u[b, :i]
         torch.testing.assert_close(mean[b, i - 1], a @ u[b, :i], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(covariance[b, i - 1], centred.T @ (a[:, None] * centred), rtol=1e-11, atol=1e-12)
