@@ -10,11 +10,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from reports import read_report
+from reports import COST, ENDPOINTS, read_report
 
 from configurator import InputError, one_line_errors
 
-GAIN, COST = "noise 1 RMS", 1.7  # the endpoint that selects, and the clean loss that an arm may cost in per cent
 REGULARISED = "dropout or weight decay"
 
 
@@ -44,7 +43,7 @@ def read_arms(report: dict) -> list[dict]:
                 "word": word,
                 "group": group_of(word, config, baseline),
                 "cost": pair["clean_percent"]["mean"],
-                "gain": pair["gains"][GAIN]["mean"],
+                "gain": pair["gains"][ENDPOINTS[0]]["mean"],
                 "embed_noise": config["embed_noise"],
             }
             if arm["cost"] is not None:  # else every run diverged
@@ -102,7 +101,7 @@ def main(arguments: list[str]):
         ]
         for arm in arms
     ]
-    print(tabulate(rows, ["arm", "clean loss", f"gain, {GAIN}", ""], tablefmt="github", disable_numparse=True))
+    print(tabulate(rows, ["arm", "clean loss", f"gain, {ENDPOINTS[0]}", ""], tablefmt="github", disable_numparse=True))
     baseline = [word for word in shlex.split(report["provenance"]["command"])[2:] if not word.startswith("--")][0]
     print(f"\n{commands(baseline, chosen)}")
 
