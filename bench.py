@@ -321,9 +321,10 @@ def profile(program, device: torch.device) -> tuple[str, dict[str, float]]:
     sums = dict.fromkeys((*KERNELS, "all"), 0.0)
     for event in events:
         ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 3e3
+        sums["all"] += ms
         kind = next((kind for kind, pattern in KERNELS.items() if re.search(pattern, event.key)), None)
-        for name in {kind, "all"} - {None}:
-            sums[name] += ms
+        if kind:
+            sums[kind] += ms
     by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     return events.table(sort_by=by, row_limit=50, max_name_column_width=80), sums
 
