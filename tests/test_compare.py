@@ -639,7 +639,8 @@ def test_accuracy_of_text_is_refused_before_anything_is_trained(arms, tmp_path, 
 
 def test_a_barrier_that_is_not_for_the_data_is_told_before_any_cell_is_run(arms, tmp_path, monkeypatch):
     refuses_to_train(monkeypatch)
-    monkeypatch.setattr(compare, "check_prior", lambda config, pictures: train.check_prior(config, True))  # as if the text were pictures
+    read_meta = compare.read_meta
+    monkeypatch.setattr(compare, "read_meta", lambda dataset: (read_meta(dataset)[0], read_meta(dataset)[1] | {"kind": "pictures"}))
     with pytest.raises(InputError, match="--prior_where=embedding is a causal model of text"):
         run(tmp_path / "out", arms[0], f"{arms[1]} --prior_lambda=0.1")
 

@@ -310,3 +310,9 @@ def test_the_words_about_tuned_rates_are_the_committed_reports():
     assert f"is at {dict(map(reversed, chosen[1.0]))[8e-3]:.3f} with 8e-3" in README
     low, high = report["pairs"][list(report["arms"])[1]]["best"]["interval"]
     assert low < 0 < high and report["pairs"][list(report["arms"])[2]]["best"]["interval"][0] > 0
+
+
+def test_the_support_tokens_it_names_are_the_committed_ones():
+    support = json.loads((ROOT / "results" / "margins_quick" / "report.json").read_text())["margins"]["support tokens"]
+    names = [token for token in support if re.search(r"\n\n[A-Z]?$", token["before"]) and token["token"].isupper()]
+    assert f"of the twenty lowest in 256 windows {len(names)} are the first or second letter" in README and len(support) == 20
