@@ -51,7 +51,7 @@ class LongRun:
 
     def look(self):
         if self.child.process.is_alive() and self.child.marks[3] > 100 and time.monotonic() > self.looked + 1:
-            self.samples.append(faults.resources(self.child))
+            self.samples.extend(faults.resources(self.child))
             self.looked = time.monotonic()
 
 

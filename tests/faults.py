@@ -1244,10 +1244,13 @@ def long_run(folder: Path, steps: int, eval_interval: int = 50) -> Child:
     return Child("train.py", options(keys), folder / "io")
 
 
-def resources(child: Child) -> tuple[int, int]:
-    """Resident bytes and open files of a process."""
-    pages = int(Path(f"/proc/{child.process.pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{child.process.pid}/fd"))
+def resources(child: Child) -> list[tuple[int, int]]:
+    """Resident bytes and open files of a process: one sample, or none of a process that has just ended."""
+    try:
+        pages = int(Path(f"/proc/{child.process.pid}/statm").read_text().split()[1])
+        return [(pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{child.process.pid}/fd")))]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def finish_long_run(child: Child, folder: Path, samples: list[tuple[int, int]]) -> str:

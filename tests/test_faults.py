@@ -53,7 +53,7 @@ def test_a_long_run_grows_neither_in_memory_nor_in_files(tmp_path):
     child, samples = faults.long_run(tmp_path, 500), []
     while child.process.is_alive():
         if child.marks[3] > 100:
-            samples.append(faults.resources(child))
+            samples.extend(faults.resources(child))
         time.sleep(0.02)
     assert len(samples) > 10
     assert faults.finish_long_run(child, tmp_path, samples).startswith("500 steps, 11 evaluations")
