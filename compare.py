@@ -156,6 +156,7 @@ def code_sha256() -> str:
         "variants.py",
         "prior.py",
         "fused.py",
+        "fused_attention.py",
         "fused_prior.py",
         "operators.py",
         "dataset.py",

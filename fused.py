@@ -8,11 +8,14 @@ torch.compile fuses element-wise passes well, but leaves these to be won (times 
     GELU                           exact up to 2.2e-7 with one exp2 and one rsqrt instead of the long erf; kept, not computed again
     graph diffusion                y - v is kept; v's second gradient is subtracted where dq, dk and dv are gathered, a pass that reads dv anyway and
                                    adds the gradients of taps
+    token table                    its gradient by a sort instead of atomics
     cross-entropy                  the output layer in pieces of CHUNK rows; the pass that computes the loss turns the logits into its gradient in
                                    place, so that neither the 65,536 x 50,304 logits of a GPT-2 step nor their gradient are ever whole
 
 Sums and exponentials are in float32, the residual stream too. tests/test_fused.py compares each with float64.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -20,6 +23,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
+import fused_attention
 import model
 from model import GPT, CausalSelfAttention, ViT
 from operators import operator
@@ -56,15 +60,61 @@ def _keep(keep_ptr, seed_ptr, threshold, n, BLOCK: tl.constexpr):
 
 
 @operator
-def keep(x: torch.Tensor, p: float, count: int) -> torch.Tensor:
-    """What dropout keeps: bool (count, *x.shape), True with probability 1 - p (p in steps of 2^-16), drawn by torch's generator of x's device."""
-    mask = torch.empty(count, *x.shape, dtype=torch.bool, device=x.device)
+def keep(x: torch.Tensor, p: float, shape: Sequence[int]) -> torch.Tensor:
+    """What dropout keeps: bool of that shape, True with probability 1 - p (p in steps of 2^-16), drawn by torch's generator of x's device."""
+    mask = torch.empty(shape, dtype=torch.bool, device=x.device)
     seed = torch.randint(2**62, (1,), device=x.device)  # on the device, so that a CUDA graph draws anew at every replay
     _keep[(triton.cdiv(mask.numel(), 8 * 512),)](mask.view(torch.uint8), seed, round(p * 65536), mask.numel(), BLOCK=512)
     return mask
 
 
-keep.register_fake(lambda x, p, count: torch.empty(count, *x.shape, dtype=torch.bool, device=x.device))
+keep.register_fake(lambda x, p, shape: torch.empty(shape, dtype=torch.bool, device=x.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Token table
+
+
+@triton.jit
+def _sum_places(dx_ptr, order_ptr, start_ptr, out_ptr, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A token's row: the gradients of the places where it stands, summed in their order."""
+    token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first, last = tl.load(start_ptr + token), tl.load(start_ptr + token + 1)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(first, last, ROWS):
+        i = start + tl.arange(0, ROWS)
+        place = tl.load(order_ptr + i, mask=i < last, other=0)
+        total += tl.load(dx_ptr + place[:, None] * C + column[None, :], mask=(i < last)[:, None] & (column < C)[None, :], other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * C + column, tl.sum(total, axis=0), mask=column < C)
+
+
+@operator
+def table_gradient(dx: torch.Tensor, idx: torch.Tensor, rows: int) -> torch.Tensor:
+    """Gradient (rows, C) in float32 of a table whose rows idx (…) gave an output with gradient dx (…, C). Without atomics: it repeats to the bit."""
+    dx, C = dx.contiguous(), dx.size(-1)
+    tokens, order = idx.flatten().to(torch.int32).sort(stable=True)
+    starts = torch.searchsorted(tokens, torch.arange(rows + 1, dtype=torch.int32, device=dx.device))
+    out = torch.empty(rows, C, dtype=torch.float32, device=dx.device)
+    block = 128 if rows > 4096 else 32  # few tokens stand in many places each: more programs share them
+    _sum_places[(rows, triton.cdiv(C, block))](dx, order, starts, out, C, ROWS=4096 // block, BLOCK=block)
+    return out
+
+
+table_gradient.register_fake(lambda dx, idx, rows: dx.new_empty(rows, dx.size(-1), dtype=torch.float32))
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows idx of a table."""
+
+    @staticmethod
+    def forward(ctx, table, idx):
+        ctx.save_for_backward(idx)
+        ctx.rows = len(table)
+        return F.embedding(idx, table)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return table_gradient(dx, *ctx.saved_tensors, ctx.rows), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -478,16 +528,21 @@ class Attention(CausalSelfAttention):
     """The model's attention; `branch` is what it adds to the residual stream, before dropout."""
 
     def branch(self, x, taps=None):
-        """(B, T, C) -> (B, T, C), the passes above around the framework's fused kernel. `taps` as in GPT.forward."""
+        """(B, T, C) -> (B, T, C), over short sequences by fused_attention, else by the passes above around the framework's kernel. `taps` as in
+        GPT.forward."""
         qkv = self.c_attn(x)
-        tapped = taps is not None
+        tapped, (B, T, C), p = taps is not None, x.shape, self.dropout if self.training else 0.0
+        if fused_attention.applies(T, C // self.n_head) and not tapped:
+            kept = keep(qkv.detach(), p, (B, self.n_head, T, T)) if p else None
+            form = self.n_head, self.alpha, self.lam, self.diffusing_heads, self.causal
+            return self.c_proj(fused_attention.ShortAttention.apply(qkv, kept, 1 / (1 - p), *form))
         if self.diffusing_heads:
             q, k, v, w, *tap = _SplitForDiffusion.apply(qkv, self.n_head, self.alpha * self.lam, self.diffusing_heads, tapped)
         else:
             q, k, v, *tap = _Split.apply(qkv, self.n_head, tapped)
         if tapped:
             taps.append(tuple(tap))
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=self.causal)
         if self.diffusing_heads:
             y = _Subtract.apply(y, w, self.alpha, self.lam, self.diffusing_heads)
         return self.c_proj(y.transpose(1, 2).reshape(x.shape))
@@ -523,7 +578,7 @@ class _Body:
             for block in blocks:
                 x = model.Block.forward(block, x, cache, taps)
             return ln(x)
-        masks = iter(keep(x.detach(), p, 2 * len(blocks)).unbind() if p else [None] * (2 * len(blocks)))
+        masks = iter(keep(x.detach(), p, (2 * len(blocks), *x.shape)).unbind() if p else [None] * (2 * len(blocks)))
         branch = kept = None
         for block in blocks:
             x, branch = block(x, branch, kept, next(masks), 1 / (1 - p), taps)
@@ -628,6 +683,11 @@ class _OutputLoss(torch.autograd.Function):
 
 class FusedGPT(_Body, GPT):
     """A GPT whose loss comes without whole logits (None in their place)."""
+
+    def embed(self, idx, cache=None):
+        if cache is not None:
+            return super().embed(idx, cache)
+        return _Lookup.apply(self.transformer.wte.weight, idx) + self.transformer.wpe.weight[: idx.size(1)]
 
     def output(self, x, targets=None):
         if targets is None:

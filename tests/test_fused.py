@@ -44,7 +44,7 @@ def test_gelu_and_its_derivative():
 def test_dropout_keeps_the_share_it_should_and_draws_anew(p):
     torch.manual_seed(1)
     x = torch.ones(41, 500, device=DEVICE)
-    masks, again = fused.keep(x, p, 2), fused.keep(x, p, 2)
+    masks, again = fused.keep(x, p, (2, 41, 500)), fused.keep(x, p, (2, 41, 500))
     n = x.numel()
     for mask in (*masks, *again):
         assert abs(float(mask.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
@@ -52,7 +52,7 @@ def test_dropout_keeps_the_share_it_should_and_draws_anew(p):
         both = float((one & other).float().mean())
         assert abs(both - (1 - p) ** 2) < 5 * ((1 - p) ** 2 / n) ** 0.5  # independent
     torch.manual_seed(1)
-    assert torch.equal(fused.keep(x, p, 2), masks)
+    assert torch.equal(fused.keep(x, p, (2, 41, 500)), masks)
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 96), (2, 384), (37, 768), (3, 1100)])
@@ -124,6 +124,16 @@ def test_output_layer_and_cross_entropy(monkeypatch, rows, vocabulary, chunk, ig
     assert float(plain) == float(loss) and all(t.numel() == 0 for t in nothing)
 
 
+@pytest.mark.parametrize("rows, C, shape", [(5, 24, (3, 40)), (50, 48, (4, 16)), (5000, 130, (2, 7)), (3, 33, (1, 1))])
+def test_gradient_of_the_token_table(rows, C, shape):
+    torch.manual_seed(0)
+    idx = torch.randint(rows - 1, shape, device=DEVICE)  # the last row occurs nowhere
+    idx[0, 0] = rows - 2
+    for dx in (torch.randn(*shape, C, device=DEVICE), torch.randn(C, *shape, device=DEVICE).movedim(0, -1)):
+        exact = torch.zeros(rows, C, dtype=torch.float64, device=DEVICE).index_add_(0, idx.flatten(), dx.double().reshape(-1, C))
+        close(fused.table_gradient(dx, idx, rows), exact, 1e-6, 2e-6)
+
+
 def both(arm, device=DEVICE, dtype=torch.float32, **changes):
     """(model, the same model accelerated, inputs) for text and for pictures."""
     torch.manual_seed(0)
@@ -143,9 +153,9 @@ def both(arm, device=DEVICE, dtype=torch.float32, **changes):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("bias", [True, False])
-def test_whole_models_keep_their_loss_and_gradients(arm, bias):
-    for model, fast, inputs in both(arm, bias=bias):
+@pytest.mark.parametrize("bias, n_embd", [(True, 24), (False, 24), (False, 48)])  # heads of 16 channels: by fused_attention
+def test_whole_models_keep_their_loss_and_gradients(arm, bias, n_embd):
+    for model, fast, inputs in both(arm, bias=bias, n_embd=n_embd):
         names = [name for name, _ in model.named_parameters()]
         assert [name for name, _ in fast.named_parameters()] == names and isinstance(fast, type(model))
         plain_loss, fast_loss = model(*inputs)[1], fast(*inputs)[1]
@@ -157,6 +167,23 @@ def test_whole_models_keep_their_loss_and_gradients(arm, bias):
             close(ours.grad, theirs.grad, 1e-5, 1e-5 * float(theirs.grad.abs().max()))
         with torch.no_grad():
             close(fast(*inputs)[1], plain_loss, 1e-5)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU: on a CPU nothing is summed in an order that changes")
+@pytest.mark.parametrize("arm", ARMS)
+def test_gradients_over_short_sequences_repeat_to_the_bit(arm):
+    torch.manual_seed(0)
+    text = torch.randint(50, (64, 257), device=DEVICE)
+    model = GPT(GPTConfig(block_size=256, vocab_size=50, n_layer=2, n_head=3, n_embd=96, dropout=0.2, **arm), 1).to(DEVICE)
+    fused.accelerate(model, torch.bfloat16)
+    seen = []
+    for _ in range(3):
+        torch.manual_seed(1)
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(text[:, :-1], text[:, 1:])[1].backward()
+        seen.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for again in seen[1:] for one, other in zip(seen[0], again))
 
 
 def test_without_copies_of_the_weights_the_linear_layers_stay():
@@ -188,6 +215,24 @@ class Masked(torch.nn.Module):
         return x * self.kept / (1 - self.p)
 
 
+@pytest.mark.parametrize("arm", [{"diffusion": True}, {"diffusion": True, "diffusion_heads": (1,), "diffusion_lambda": 0.5}, {}])
+def test_attention_over_short_sequences_drops_out_what_its_mask_says(monkeypatch, arm):
+    """A whole model with heads of 16 channels: its attention's mask is drawn with the right shape, rate and scale."""
+    p, seen = 0.4, []
+    keep = fused.keep
+
+    def recorded(x, p, shape):
+        seen.append((p, tuple(shape), keep(x, p, shape)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(fused, "keep", recorded)
+    for _, fast, inputs in both({"dropout": p, "n_layer": 1, **arm}, n_embd=48):
+        fast.train()(*inputs)
+        (first, residual, _), (second, attention, kept) = seen[-2:]
+        assert first == second == p and residual[::3] == (2, 48) and attention == (4, 3, residual[2], residual[2])
+        assert abs(float(kept.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
+
+
 @pytest.mark.parametrize("arm", [{}, {"diffusion": True}])
 def test_dropout_of_both_branches_of_every_block(monkeypatch, arm):
     """Loss and gradients with given masks are those of the plain model with the same ones; attention's own dropout is the framework's."""
@@ -195,8 +240,8 @@ def test_dropout_of_both_branches_of_every_block(monkeypatch, arm):
     for model, fast, inputs in both({"dropout": p, **arm}):
         masks = []
 
-        def keep(x, p, count, masks=masks):
-            masks.append(torch.rand(count, *x.shape, device=x.device) >= p)
+        def keep(x, p, shape, masks=masks):
+            masks.append(torch.rand(shape, device=x.device) >= p)
             return masks[-1]
 
         monkeypatch.setattr(fused, "keep", keep)

@@ -21,7 +21,7 @@ def load(name):
     return module
 
 
-lambda_map, alpha_curve, map_select, map_table = (load(name) for name in ("lambda_map", "alpha_curve", "map_select", "map_table"))
+lambda_map, alpha_curve, map_select, map_table, tuned = (load(name) for name in ("lambda_map", "alpha_curve", "map_select", "map_table", "tuned"))
 
 
 def report_of(cells) -> dict:
@@ -217,3 +217,37 @@ def test_the_table_of_the_barrier_study(tmp_path, capsys):
     (tmp_path / "report.json").write_text(json.dumps({"pairs": {"a": {}}, "provenance": {"configs": configs}}))
     with pytest.raises(InputError, match="--evaluate=perturb"):
         map_table.main([str(tmp_path)])
+
+
+def rates_report(endpoint, means: dict[str, float | None]) -> dict:
+    """A report whose arms have these means of the endpoint; None: all runs diverged."""
+    key = {"best": "best_val_loss", "top1": "top1"}[endpoint]
+    arms = {f"arm{i}": {"n": 2, "diverged": [] if mean else [{}, {}], key: {"mean": mean}} for i, mean in enumerate(means.values())}
+    return {"endpoint": endpoint, "arms": arms, "provenance": {"command": tuned.shlex.join(["python", "compare.py", *means, "--seeds=2"])}}
+
+
+def test_each_arm_at_its_best_rate(tmp_path, capsys):
+    a, b = "config/a.py --learning_rate={}", "config/b.py --learning_rate={} --dropout=0.1"
+    rates = ("1e-3", "2e-3", "4e-3")
+    means = dict(zip([arm.format(rate) for arm in (a, b) for rate in rates], (1.5, 1.4, 1.45, 1.6, 1.5, None)))
+    (tmp_path / "report.json").write_text(json.dumps(rates_report("best", means)))
+    tuned.main([str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["config/a.py --learning_rate=2e-3", "config/b.py --dropout=0.1 --learning_rate=2e-3"]
+    assert err.splitlines() == [
+        "config/b.py --dropout=0.1: its best rate 2e-3 is the largest without divergence; next: config/b.py --dropout=0.1 --learning_rate=0.004"
+    ]
+    arms, notes = tuned.best_rates(rates_report("top1", {name: mean for name, mean in means.items() if mean}))  # more is better
+    assert arms == ["config/a.py --learning_rate=1e-3", "config/b.py --dropout=0.1 --learning_rate=1e-3"]
+    assert [note.partition("next: ")[2].rpartition("=")[2] for note in notes] == ["0.0005", "0.0005"]
+
+
+def test_what_has_no_best_rate():
+    for report, words in (
+        (rates_report("best", {"config/a.py": 1.0}), "does not name a --learning_rate"),
+        (rates_report("best", {"config/a.py --learning_rate=1": None}), "every rate of arm 'config/a.py' has a run that diverged"),
+        ({"endpoint": "best", "arms": {}}, "is not one of compare.py"),
+        ([], "is not one of compare.py"),
+    ):
+        with pytest.raises(InputError, match=words):
+            tuned.best_rates(report)

@@ -1,0 +1,248 @@
+"""Attention over short sequences in Triton, for half precision on CUDA: the projection's packed output in, its packed gradient out.
+
+The framework's kernels are made for long sequences. Over 64 to 256 tokens most of their time goes into what lies around the products: gradients
+copied between layouts, an accumulator of dq in float32, a pass for dO O. Here a program reads its queries, keys and values from (B, T, 3, H, d) and
+writes dq, dk and dv there; dropout's decisions come as bytes; a diffusing head gives lambda (y - alpha v) in the pass that has v at hand. Nothing is
+summed by atomics, so that two runs agree to the last bit.
+
+Softmax and sums are in float32, products of half-precision matrices in float32 as well. tests/test_fused_attention.py compares with float64.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from operators import operator
+
+FORWARD, BACKWARD = (64, 4, 2), (64, 4, 2)  # queries, and keys, at a time; warps; loads in flight
+LONGEST = 256  # tokens; beyond, the framework's kernels are ahead
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _rows(i, T, e, width):
+    """Offsets (rows, d) of rows i of a (T, width) matrix, and which rows there are."""
+    return i[:, None].to(tl.int64) * width + e[None, :], (i < T)[:, None]
+
+
+@triton.jit
+def _allowed(i, j, T, CAUSAL: tl.constexpr):
+    """Which keys j a query i sees."""
+    if CAUSAL:
+        return (j < T)[None, :] & (j[None, :] <= i[:, None])
+    return tl.broadcast_to((j < T)[None, :], (i.shape[0], j.shape[0]))
+
+
+@triton.jit
+def _attend(qkv_ptr, keep_ptr, y_ptr, out_ptr, lse_ptr, T, H, alpha, lam, factor, scale, FIRST: tl.constexpr, DIFFUSES: tl.constexpr,
+            CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """A block of queries of one (sequence, head)."""
+    block, which = tl.program_id(0), tl.program_id(1)
+    sequence, head = (which // H).to(tl.int64), which % H
+    width = H * D
+    i, e = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    qkv_ptr += sequence * T * (3 * width) + head * D
+    keep_ptr += which.to(tl.int64) * T * T
+    place, live = _rows(i, T, e, 3 * width)
+    q = tl.load(qkv_ptr + place, mask=live, other=0.0)
+    largest, total = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    y = tl.zeros((BLOCK, D), tl.float32)
+    end = T
+    if CAUSAL:
+        end = tl.minimum((block + 1) * BLOCK, T)
+    for start in range(0, end, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        there, present = _rows(j, T, e, 3 * width)
+        k, v = tl.load(qkv_ptr + width + there, mask=present, other=0.0), tl.load(qkv_ptr + 2 * width + there, mask=present, other=0.0)
+        logits = tl.where(_allowed(i, j, T, CAUSAL), tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E), float("-inf"))
+        new = tl.maximum(largest, tl.max(logits, axis=1))
+        p, fade = tl.exp2(logits - new[:, None]), tl.exp2(largest - new)
+        largest, total = new, total * fade + tl.sum(p, axis=1)
+        if DROPOUT:
+            kept = tl.load(keep_ptr + i[:, None] * T + j[None, :], mask=live & (j < T)[None, :], other=0)
+            p = tl.where(kept != 0, p, 0.0)
+        y = tl.dot(p.to(v.dtype), v, acc=y * fade[:, None], input_precision="ieee")
+    y = y * (factor / total)[:, None]
+    at, _ = _rows(i, T, e, width)
+    at += sequence * T * width + head * D
+    tl.store(y_ptr + at, y, mask=live)
+    tl.store(lse_ptr + which.to(tl.int64) * T + i, largest + tl.log2(total), mask=i < T)
+    if DIFFUSES:
+        if head >= FIRST:
+            y = lam * (y - alpha * tl.load(qkv_ptr + 2 * width + place, mask=live, other=0.0).to(tl.float32))
+        tl.store(out_ptr + at, y, mask=live)
+
+
+@triton.jit
+def _pair(q, k, v, dy, lse, delta, keep_ptr, i, j, T, factor, scale, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr):
+    """A block of queries and one of keys: (A after dropout, gradient of q k^T), both (queries, keys) in the dtype of q."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+    p = tl.where(_allowed(i, j, T, CAUSAL), tl.exp2(logits - lse[:, None]), 0.0)
+    da = tl.dot(dy, tl.trans(v), input_precision="ieee")
+    a = p
+    if DROPOUT:
+        kept = tl.load(keep_ptr + i[:, None] * T + j[None, :], mask=(i < T)[:, None] & (j < T)[None, :], other=0)
+        a, da = tl.where(kept != 0, p * factor, 0.0), tl.where(kept != 0, da * factor, 0.0)
+    return a.to(q.dtype), (p * (da - delta[:, None]) * scale).to(q.dtype)
+
+
+@triton.jit
+def _queries(qkv_ptr, dout_ptr, sequence, head, i, T, H, lam, FIRST: tl.constexpr, D: tl.constexpr):
+    """q and the gradient of y of rows i."""
+    e, width = tl.arange(0, D), H * D
+    place, live = _rows(i, T, e, 3 * width)
+    at, _ = _rows(i, T, e, width)
+    at += sequence * T * width + head * D
+    q = tl.load(qkv_ptr + place, mask=live, other=0.0)
+    dy = tl.load(dout_ptr + at, mask=live, other=0.0)
+    if head >= FIRST:
+        dy = (dy.to(tl.float32) * lam).to(dy.dtype)
+    return q, dy
+
+
+@triton.jit
+def _attend_queries_backward(qkv_ptr, keep_ptr, y_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, H, alpha, lam, factor, scale, FIRST: tl.constexpr,
+                      CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """dq of a block of queries, and delta; with WHOLE, where there is one block, dk and dv too."""
+    block, which = tl.program_id(0), tl.program_id(1)
+    sequence, head = (which // H).to(tl.int64), which % H
+    width = H * D
+    i, e = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    qkv_ptr += sequence * T * (3 * width) + head * D
+    dqkv_ptr += sequence * T * (3 * width) + head * D
+    keep_ptr += which.to(tl.int64) * T * T
+    place, live = _rows(i, T, e, 3 * width)
+    q, dy = _queries(qkv_ptr, dout_ptr, sequence, head, i, T, H, lam, FIRST, D)
+    at, _ = _rows(i, T, e, width)
+    y = tl.load(y_ptr + sequence * T * width + head * D + at, mask=live, other=0.0).to(tl.float32)
+    delta = tl.sum(dy.to(tl.float32) * y, axis=1)
+    lse = tl.load(lse_ptr + which.to(tl.int64) * T + i, mask=i < T, other=0.0)
+    if WHOLE:
+        k, v = tl.load(qkv_ptr + width + place, mask=live, other=0.0), tl.load(qkv_ptr + 2 * width + place, mask=live, other=0.0)
+        a, ds = _pair(q, k, v, dy, lse, delta, keep_ptr, i, i, T, factor, scale, CAUSAL, DROPOUT)
+        dq, dk = tl.dot(ds, k, input_precision="ieee"), tl.dot(tl.trans(ds), q, input_precision="ieee")
+        dv = tl.dot(tl.trans(a), dy, input_precision="ieee")
+        if head >= FIRST:
+            dv -= alpha * dy.to(tl.float32)
+        tl.store(dqkv_ptr + width + place, dk, mask=live)
+        tl.store(dqkv_ptr + 2 * width + place, dv, mask=live)
+    else:
+        tl.store(delta_ptr + which.to(tl.int64) * T + i, delta, mask=i < T)
+        dq = tl.zeros((BLOCK, D), tl.float32)
+        end = T
+        if CAUSAL:
+            end = tl.minimum((block + 1) * BLOCK, T)
+        for start in range(0, end, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            there, present = _rows(j, T, e, 3 * width)
+            k, v = tl.load(qkv_ptr + width + there, mask=present, other=0.0), tl.load(qkv_ptr + 2 * width + there, mask=present, other=0.0)
+            a, ds = _pair(q, k, v, dy, lse, delta, keep_ptr, i, j, T, factor, scale, CAUSAL, DROPOUT)
+            dq = tl.dot(ds, k, acc=dq, input_precision="ieee")
+    tl.store(dqkv_ptr + place, dq, mask=live)
+
+
+@triton.jit
+def _attend_keys_backward(qkv_ptr, keep_ptr, y_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, H, alpha, lam, factor, scale, FIRST: tl.constexpr,
+                   CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """dk and dv of a block of keys."""
+    block, which = tl.program_id(0), tl.program_id(1)
+    sequence, head = (which // H).to(tl.int64), which % H
+    width = H * D
+    j, e = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    qkv_ptr += sequence * T * (3 * width) + head * D
+    dqkv_ptr += sequence * T * (3 * width) + head * D
+    keep_ptr += which.to(tl.int64) * T * T
+    place, live = _rows(j, T, e, 3 * width)
+    k, v = tl.load(qkv_ptr + width + place, mask=live, other=0.0), tl.load(qkv_ptr + 2 * width + place, mask=live, other=0.0)
+    dk, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
+    first = 0
+    if CAUSAL:
+        first = block * BLOCK
+    for start in range(first, T, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        q, dy = _queries(qkv_ptr, dout_ptr, sequence, head, i, T, H, lam, FIRST, D)
+        lse = tl.load(lse_ptr + which.to(tl.int64) * T + i, mask=i < T, other=0.0)
+        delta = tl.load(delta_ptr + which.to(tl.int64) * T + i, mask=i < T, other=0.0)
+        a, ds = _pair(q, k, v, dy, lse, delta, keep_ptr, i, j, T, factor, scale, CAUSAL, DROPOUT)
+        dv = tl.dot(tl.trans(a), dy, acc=dv, input_precision="ieee")
+        dk = tl.dot(tl.trans(ds), q, acc=dk, input_precision="ieee")
+    if head >= FIRST:
+        _, dy = _queries(qkv_ptr, dout_ptr, sequence, head, j, T, H, lam, FIRST, D)
+        dv -= alpha * dy.to(tl.float32)
+    tl.store(dqkv_ptr + width + place, dk, mask=live)
+    tl.store(dqkv_ptr + 2 * width + place, dv, mask=live)
+
+
+def applies(T: int, d: int) -> bool:
+    """Whether these kernels take such sequences and heads."""
+    return T <= LONGEST and d in (16, 32, 64, 128)
+
+
+def _form(qkv, kept, n_head: int, heads: int, causal: bool, tile: tuple[int, int, int]) -> tuple[tuple[int, int], dict]:
+    """Grid and constants of the launches."""
+    (B, T, C3), (block, warps, stages) = qkv.shape, tile
+    form = {"FIRST": n_head - heads, "CAUSAL": causal, "DROPOUT": kept is not None, "D": C3 // 3 // n_head, "BLOCK": block}
+    return (triton.cdiv(T, block), B * n_head), form | {"num_warps": warps, "num_stages": stages}
+
+
+@operator
+def attend(
+    qkv: torch.Tensor, kept: torch.Tensor | None, factor: float, n_head: int, alpha: float, lam: float, heads: int, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, T, 3 C) -> y (B, T, C); what the last `heads` heads turn it into, lambda (y - alpha v) (empty without such heads); log-sum-exp (B, H, T),
+    to base 2. `kept`: bool (B, H, T, T), what dropout keeps of A, times `factor`."""
+    qkv = qkv.contiguous()
+    B, T, C3 = qkv.shape
+    grid, form = _form(qkv, kept, n_head, heads, causal, FORWARD)
+    y, lse = qkv.new_empty(B, T, C3 // 3), torch.empty(B, n_head, T, dtype=torch.float32, device=qkv.device)
+    out = torch.empty_like(y) if heads else qkv.new_empty(0)
+    mask = qkv if kept is None else kept.view(torch.uint8)  # a pointer that is not followed
+    _attend[grid](qkv, mask, y, out, lse, T, n_head, alpha, lam, factor, 1 / math.sqrt(form["D"]), DIFFUSES=heads > 0, **form)
+    return y, out, lse
+
+
+@attend.register_fake
+def _(qkv, kept, factor, n_head, alpha, lam, heads, causal):
+    B, T, C3 = qkv.shape
+    y = qkv.new_empty(B, T, C3 // 3)
+    return y, torch.empty_like(y) if heads else qkv.new_empty(0), qkv.new_empty(B, n_head, T, dtype=torch.float32)
+
+
+@operator
+def attend_backward(
+    dout: torch.Tensor, qkv: torch.Tensor, kept: torch.Tensor | None, y: torch.Tensor, lse: torch.Tensor, factor: float, n_head: int, alpha: float,
+    lam: float, heads: int, causal: bool,
+) -> torch.Tensor:  # fmt: skip
+    """The gradient of `qkv` from that of what `attend` gives, (B, T, C)."""
+    dout, qkv = dout.contiguous(), qkv.contiguous()
+    grid, form = _form(qkv, kept, n_head, heads, causal, BACKWARD)
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    mask = qkv if kept is None else kept.view(torch.uint8)
+    given = (qkv, mask, y, dout, lse, delta, dqkv, qkv.size(1), n_head, alpha, lam, factor, 1 / math.sqrt(form["D"]))
+    _attend_queries_backward[grid](*given, WHOLE=grid[0] == 1, **form)
+    if grid[0] > 1:
+        _attend_keys_backward[grid](*given, **form)
+    return dqkv
+
+
+@attend_backward.register_fake
+def _(dout, qkv, kept, y, lse, factor, n_head, alpha, lam, heads, causal):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+class ShortAttention(torch.autograd.Function):
+    """(B, T, 3 C) -> (B, T, C): attention of all heads, the last `heads` of them lambda (A - alpha I) v."""
+
+    @staticmethod
+    def forward(ctx, qkv, kept, factor, *form):
+        y, out, lse = attend(qkv, kept, factor, *form)
+        ctx.save_for_backward(qkv, kept, y, lse)
+        ctx.form = factor, *form
+        return out if form[3] else y
+
+    @staticmethod
+    def backward(ctx, dout):
+        qkv, kept, y, lse = ctx.saved_tensors
+        return attend_backward(dout, qkv, kept, y, lse, *ctx.form), *[None] * 7
