@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,44 +21,46 @@ def words(value: float, sign: str = "") -> str:
     return f"{value:{sign}.4f}".replace("-", "−")
 
 
-RESULTS = {  # a row of the first table: the report's directory, A and A - I in it
-    "own rate": ("shakespeare_char_own_rate", "shakespeare_char", "shakespeare_char_laplacian"),
-    "tuned": ("shakespeare_char_tuned", "shakespeare_char_learning_rate=4e-3", "shakespeare_char_laplacian_learning_rate=2e-3"),
-    "quick": ("weight_init_quick", "quick", "quick_laplacian"),
-    "quick, tuned": ("alpha_quick_tuned", "quick_learning_rate=0.008", "quick_laplacian_learning_rate=0.004"),
-}
+@pytest.fixture(scope="module")
+def front_page():
+    sys.path.append(str(ROOT / "studies"))
+    return runpy.run_path(str(ROOT / "studies" / "front_page.py"))
 
 
-@pytest.mark.parametrize("label", RESULTS)
-def test_every_row_of_the_first_table_is_a_committed_report(label):
-    directory, *names = RESULTS[label]
-    report = report_of(directory)
-    arms, pair = [report["arms"][name] for name in names], report["pairs"][names[1]]["best"]
-    assert report["endpoint"] == "best" and report["pairs"][names[1]]["baseline"] == names[0] and not any(arm["diverged"] for arm in arms)
-    cells = [f"{words(arm['best_val_loss']['mean'])} ± {words(arm['best_val_loss']['sd'])}" for arm in arms]
-    low, high = pair["interval"]
-    verdict = "better" if high < 0 else "worse" if low > 0 else "undecided"
-    difference = f"**{words(pair['mean'], '+')} ({words(low, '+')} to {words(high, '+')})**: {verdict}"
-    row = f" | {pair['n']} | {cells[0]} | {cells[1]} | {difference} | [{label}](results/{directory}/report.md) |\n"
-    assert row in README
-    assert all(arm["n"] == pair["n"] for arm in arms)
+def test_the_first_table_is_the_committed_reports(front_page):
+    """Every row as studies/front_page.py writes it, no other, and the commands of all."""
+    table = README[README.index("| question |") :].partition("\n\n")[0].splitlines()[2:]
+    found = front_page["entries"]()
+    assert table == [front_page["row"](entry) for entry in found] and len(table) >= 5
+    assert all(f"{entry['command']}\n" in README for entry in found)
 
 
-def test_the_first_table_has_no_other_rows():
-    table = README[README.index("| question |") : README.index("<img")]
-    assert table.count("\n| ") == len(RESULTS)
+def test_a_row_is_what_its_report_says(front_page):
+    """The writer itself, against the cells: means, interval and verdict of each row."""
+    for entry, (_, _, directory, names) in zip(front_page["entries"](), front_page["ROWS"], strict=True):
+        report = report_of(directory)
+        key, factor, more = {"best": ("best_val_loss", 1, False), "top1": ("top1", 100, True)}[report["endpoint"]]
+        a, b = ({cell["seed"]: factor * cell[key] for cell in report["arms"][name]["cells"]} for name in names)
+        assert a.keys() == b.keys() and len(a) == entry["n"]
+        test = stats.ttest_1samp([b[seed] - a[seed] for seed in a], 0)
+        low, high = test.confidence_interval(0.95)
+        assert entry["interval"] == pytest.approx([low, high]) and entry["mean"] == pytest.approx((low + high) / 2)
+        assert [mean for mean, _ in entry["arms"]] == pytest.approx([sum(arm.values()) / len(arm) for arm in (a, b)])
+        better = low > 0 if more else high < 0
+        assert front_page["verdict"](entry) == ("better" if better else "undecided" if low <= 0 <= high else "worse")
 
 
 def test_the_words_about_shakespeare_are_the_committed_reports():
-    own, tuned = (report_of(RESULTS[label][0]) for label in ("own rate", "tuned"))
-    pairs = [report["pairs"][RESULTS[label][2]] for label, report in (("own rate", own), ("tuned", tuned))]
+    arms = {"own_rate": ("", "_laplacian"), "tuned": ("_learning_rate=4e-3", "_laplacian_learning_rate=2e-3")}
+    arms = {name: [f"shakespeare_char{word}" for word in both] for name, both in arms.items()}
+    reports = {name: report_of(f"shakespeare_char_{name}") for name in arms}
+    pairs = [reports[name]["pairs"][both[1]] for name, both in arms.items()]
     assert "lower by {:.3f} at the same rate and by {:.3f} at the tuned ones".format(*(-pair["last"]["mean"] for pair in pairs)) in README
     assert "sign-flip p = {:.3f}".format(pairs[0]["best"]["sign_flip_p"]) in README
     assert "the sign turns (p = {:.3f})".format(pairs[1]["best"]["sign_flip_p"]) in README
     steps = []
-    for report, label in ((own, "own rate"), (tuned, "tuned")):
-        assert report["provenance"]["command"] in README
-        a, b = (report["arms"][name]["best_step"]["mean"] for name in RESULTS[label][1:])
+    for name, report in reports.items():
+        a, b = (report["arms"][arm]["best_step"]["mean"] for arm in arms[name])
         steps.append(b - a)
         assert sum(arm["seconds"]["mean"] * arm["n"] for arm in report["arms"].values()) < 600
     assert "best loss later (by {:.0f} steps at the same rate, by {:.0f} at the tuned ones)".format(*steps) in README
@@ -68,6 +71,25 @@ def test_the_words_about_shakespeare_are_the_committed_reports():
         }
         assert len(losses) == 4 and min(losses, key=losses.get) == chosen
     assert f"({words(losses['1e-3'])} and {words(losses['2e-3'])})" in README
+
+
+def test_the_words_about_pictures_are_the_committed_reports():
+    report, rates = report_of("imagenet16"), report_of("imagenet16_rates")
+    (pair,) = report["pairs"].values()
+    a, b = (arm["cells"] for arm in report["arms"].values())
+    assert min(pair["top1"]["differences"]) > 0 and max(pair["last"]["differences"]) < 0 and pair["top1"]["n"] == 6
+    assert (
+        "by {:.1f} points of top-1 and {:.3f} nats at the end, on every one of six seeds".format(100 * pair["top1"]["mean"], -pair["last"]["mean"])
+        in README
+    )
+    first = [sum(dict(cell["curve"])[500] for cell in arm) for arm in (a, b)]
+    assert all(len(arm) == 6 for arm in (a, b)) and first[1] < first[0]
+    found = {name: arm["top1"]["mean"] for name, arm in rates["arms"].items()}
+    leads = [found[f"imagenet16_laplacian_learning_rate={r}"] - found[f"imagenet16_learning_rate={r}"] for r in ("3e-4", "1e-3", "2e-3", "4e-3")]
+    assert len(found) == 8 and all(arm["n"] == 3 for arm in rates["arms"].values())
+    assert f"and by {100 * min(leads):.1f} points or more at each of the four rates tried, on three other seeds" in README
+    for arm in ("imagenet16", "imagenet16_laplacian"):
+        assert max((name for name in found if name.startswith(f"{arm}_learning")), key=found.get) == f"{arm}_learning_rate=1e-3"
 
 
 def test_no_committed_result_names_a_path_of_the_machine_it_was_made_on():
@@ -147,17 +169,16 @@ def test_the_speed_of_gpus_is_the_committed_benchmarks():
 
     small, gpt2, barrier, pictures = (rows(f"h200_{name}") for name in ("train_shakespeare_char", "train_gpt2", "prior_gpt2", "train_imagenet16"))
     cells = " | ".join(ms(small[arm], 2) for arm in ("plain", "A", "A-I"))
-    more = f"with the log-barrier {ms(small['A+prior'], 2)}, on the model's own heads {ms(small['A+own'], 2)}"
-    assert f"| a step of `shakespeare_char` (64 × 256 characters) | {cells} | {more} |" in README
+    assert f"| a step of `shakespeare_char` (64 × 256 characters) | {cells} | |" in README
+    embedding, own = rows("h200_prior_shakespeare_char"), rows("h200_own_shakespeare_char")
+    pairs = [f"{ms(some[arm], 2)} against {ms(some['A'], 2)}" for some, arm in ((embedding, "A+prior"), (own, "A+own"))]
+    assert "| the same with the log-barrier, earlier kernels | | | | on the embeddings {}, on the model's own heads {} |".format(*pairs) in README
     plain, a, laplacian = (gpt2[arm] for arm in ("plain", "A", "A-I"))
     rates = f"{rate(plain)}, {rate(a)} and {rate(laplacian)} thousand tokens/s"
     memory = "{:.1f}, {:.1f} and {:.1f} GiB".format(*(row["peak_gib"] for row in (plain, a, laplacian)))
     assert f"| a step of GPT-2 124M (64 × 1024 tokens) | {ms(plain)} | {ms(a)} | {ms(laplacian)} | {rates}; {memory} |" in README
     more = f"on the embeddings {ms(barrier['A+prior'])}, on the model's own heads {ms(barrier['A+own'])}"
     assert f"| the same with the log-barrier, earlier kernels | | {ms(barrier['A'])} | | {more} |" in README
-    later = rows("h200_prior_shakespeare_char")
-    cells = f"| {ms(later['A'], 2)} | {ms(later['A-I'], 2)} | with the log-barrier {ms(later['A+prior'], 2)} |"
-    assert f"| the same, later kernels, another machine | {cells}" in README
     products = "matrix products alone {matrix products:.2f}, attention {attention:.2f}".format_map(pictures["A"]["kernels_ms"])
     assert f"| a step of `imagenet16` (512 pictures) | | {ms(pictures['A'], 2)} | {ms(pictures['A-I'], 2)} | {products} |" in README
     text = rows("h200_sample_gpt2")

@@ -1,0 +1,151 @@
+"""The first table and figure of README.md, from the committed reports: python studies/front_page.py
+
+Prints the rows of the table, the commands of the reports, and writes results/front_page.png: the difference between A - I and A, for every seed,
+with its mean and 95 % t interval, one panel for each endpoint.
+"""
+
+import sys
+from pathlib import Path
+
+from reports import read_report
+
+from configurator import InputError, one_line_errors
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+# the question of a row, in the table and short for the figure; the report's directory; A and A - I in it
+ROWS = [
+    (
+        "Pictures: ImageNet at 16 × 16, 200 classes, 10.7 M parameters, top-1 in per cent, each arm at the rate tuned for it (1e-3 for both)",
+        "ImageNet 16 × 16, tuned",
+        "imagenet16",
+        ("imagenet16_learning_rate=1e-3", "imagenet16_laplacian_learning_rate=1e-3"),
+    ),
+    (
+        "Text: Shakespeare's characters, 10.65 M parameters, learning rate 1e-3 (nanoGPT's) for both",
+        "Shakespeare, nanoGPT's rate",
+        "shakespeare_char_own_rate",
+        ("shakespeare_char", "shakespeare_char_laplacian"),
+    ),
+    (
+        "the same, each arm at the rate tuned for it: 4e-3 for A, 2e-3 for A − I",
+        "Shakespeare, tuned",
+        "shakespeare_char_tuned",
+        ("shakespeare_char_learning_rate=4e-3", "shakespeare_char_laplacian_learning_rate=2e-3"),
+    ),
+    (
+        "a small model for 1000 steps on a CPU (the quick recipe below)",
+        "small text model",
+        "weight_init_quick",
+        ("quick", "quick_laplacian"),
+    ),
+    (
+        "the same small model, each arm at its tuned rate: 8e-3 for A, 4e-3 for A − I",
+        "small text model, tuned",
+        "alpha_quick_tuned",
+        ("quick_learning_rate=0.008", "quick_laplacian_learning_rate=0.004"),
+    ),
+]
+# of an endpoint: its key in a cell, factor and digits in the table, what the figure says about it, whether more is better
+ENDPOINTS = {
+    "top1": ("top1", 100, 2, "top-1, percentage points (right: A − I is better)", True),
+    "best": ("best_val_loss", 1, 4, "best validation loss, nats (left: A − I is better)", False),
+}
+
+
+def words(value: float, digits: int, sign: str = "") -> str:
+    """A number with a true minus."""
+    return f"{value:{sign}.{digits}f}".replace("-", "−")
+
+
+def entries() -> list[dict]:
+    """What each row is made of. Raises InputError when a report does not hold what ROWS says."""
+    found = []
+    for question, short, directory, names in ROWS:
+        _, report = read_report([str(RESULTS / directory)], __doc__)
+        try:
+            key, factor, digits, axis, more = ENDPOINTS[report["endpoint"]]
+            arms, pair = [report["arms"][name] for name in names], report["pairs"][names[1]]
+            difference = pair[report["endpoint"]]
+            if pair["baseline"] != names[0] or any(arm["diverged"] or arm["n"] != difference["n"] for arm in arms):
+                raise InputError(f"results/{directory}/report.json: the arms are not a baseline and its pair, all finished")
+            found.append(
+                {
+                    "question": question,
+                    "short": short,
+                    "directory": directory,
+                    "axis": axis,
+                    "digits": digits,
+                    "more": more,
+                    "n": difference["n"],
+                    "arms": [(factor * arm[key]["mean"], factor * arm[key]["sd"]) for arm in arms],
+                    "mean": factor * difference["mean"],
+                    "interval": [factor * end for end in difference["interval"]],
+                    "seeds": [factor * one for one in difference["differences"]],
+                    "command": report["provenance"]["command"],
+                }
+            )
+        except (KeyError, TypeError):
+            raise InputError(f"results/{directory}/report.json is not the one of this table") from None
+    return found
+
+
+def verdict(entry: dict) -> str:
+    """better, worse or undecided: what the interval says of A - I."""
+    low, high = entry["interval"]
+    if low <= 0 <= high:
+        return "undecided"
+    return "better" if (low > 0) == entry["more"] else "worse"
+
+
+def row(entry: dict) -> str:
+    """A row of the table in Markdown."""
+    digits = entry["digits"]
+    a, laplacian = (f"{words(mean, digits)} ± {words(sd, digits)}" for mean, sd in entry["arms"])
+    low, high = entry["interval"]
+    difference = f"**{words(entry['mean'], digits, '+')} ({words(low, digits, '+')} to {words(high, digits, '+')})**: {verdict(entry)}"
+    return f"| {entry['question']} | {entry['n']} | {a} | {laplacian} | {difference} | [report](results/{entry['directory']}/report.md) |"
+
+
+def draw(path: Path, found: list[dict]):
+    """The figure: rows of studies, panels of endpoints."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from evaluate import save_figure
+
+    panels = list(dict.fromkeys(entry["axis"] for entry in found))
+    counts = [sum(entry["axis"] == axis for entry in found) for axis in panels]
+    figure, all_axes = plt.subplots(len(panels), 1, figsize=(8, 1.1 * len(panels) + 0.55 * len(found)), layout="constrained", height_ratios=counts)
+    colours = {"better": "tab:green", "worse": "tab:red", "undecided": "tab:gray"}
+    for axes, panel in zip(np.atleast_1d(all_axes), panels):
+        shown = [entry for entry in found if entry["axis"] == panel][::-1]
+        for y, entry in enumerate(shown):
+            colour = colours[verdict(entry)]
+            axes.plot(entry["seeds"], np.full(entry["n"], y - 0.22), "o", color=colour, alpha=0.4, markersize=4)
+            axes.plot(entry["interval"], [y, y], color=colour, linewidth=3)
+            axes.plot(entry["mean"], y, "D", color=colour)
+        axes.axvline(0, color="black", linestyle="--", linewidth=1)
+        axes.set(yticks=range(len(shown)), yticklabels=[f"{entry['short']} (n = {entry['n']})" for entry in shown], ylim=(-0.6, len(shown) - 0.4))
+        axes.set_xlabel(f"A − I minus A: {panel}")
+        axes.grid(alpha=0.3, axis="x")
+    save_figure(path, figure)
+
+
+def main(arguments: list[str]):
+    """Raises InputError."""
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__)
+        raise SystemExit
+    if arguments:
+        raise InputError(f"{arguments[0]}: front_page.py takes no arguments")
+    found = entries()
+    draw(RESULTS / "front_page.png", found)
+    print(*map(row, found), "", *(entry["command"] for entry in found), "", "results/front_page.png", sep="\n")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
