@@ -82,7 +82,7 @@ def test_the_words_about_pictures_are_the_committed_reports():
         "by {:.1f} points of top-1 and {:.3f} nats at the end, on every one of six seeds".format(100 * pair["top1"]["mean"], -pair["last"]["mean"])
         in README
     )
-    first = [sum(dict(cell["curve"])[500] for cell in arm) for arm in (a, b)]
+    first = [sum(next(loss for step, loss, *_ in cell["curve"] if step == 500) for cell in arm) for arm in (a, b)]
     assert all(len(arm) == 6 for arm in (a, b)) and first[1] < first[0]
     found = {name: arm["top1"]["mean"] for name, arm in rates["arms"].items()}
     leads = [found[f"imagenet16_laplacian_learning_rate={r}"] - found[f"imagenet16_learning_rate={r}"] for r in ("3e-4", "1e-3", "2e-3", "4e-3")]
