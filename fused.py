@@ -60,15 +60,18 @@ def _keep(keep_ptr, seed_ptr, threshold, n, BLOCK: tl.constexpr):
 
 
 @operator
-def keep(x: torch.Tensor, p: float, shape: Sequence[int]) -> torch.Tensor:
-    """What dropout keeps: bool of that shape, True with probability 1 - p (p in steps of 2^-16), drawn by torch's generator of x's device."""
+def keep(x: torch.Tensor, p: float, shape: Sequence[int], draw: int) -> torch.Tensor:
+    """What dropout keeps: bool of that shape, True with probability 1 - p (p in steps of 2^-16), drawn by torch's generator of x's device.
+
+    `draw` tells the calls of one step apart: of two with equal arguments the compiler would make one, and one mask.
+    """
     mask = torch.empty(shape, dtype=torch.bool, device=x.device)
     seed = torch.randint(2**62, (1,), device=x.device)  # on the device, so that a CUDA graph draws anew at every replay
     _keep[(triton.cdiv(mask.numel(), 8 * 512),)](mask.view(torch.uint8), seed, round(p * 65536), mask.numel(), BLOCK=512)
     return mask
 
 
-keep.register_fake(lambda x, p, shape: torch.empty(shape, dtype=torch.bool, device=x.device))
+keep.register_fake(lambda x, p, shape, draw: torch.empty(shape, dtype=torch.bool, device=x.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -533,7 +536,7 @@ class Attention(CausalSelfAttention):
         qkv = self.c_attn(x)
         tapped, (B, T, C), p = taps is not None, x.shape, self.dropout if self.training else 0.0
         if fused_attention.applies(T, C // self.n_head) and not tapped:
-            kept = keep(qkv.detach(), p, (B, self.n_head, T, T)) if p else None
+            kept = keep(qkv.detach(), p, (B, self.n_head, T, T), 1 + self.layer) if p else None
             form = self.n_head, self.alpha, self.lam, self.diffusing_heads, self.causal
             return self.c_proj(fused_attention.ShortAttention.apply(qkv, kept, 1 / (1 - p), *form))
         if self.diffusing_heads:
@@ -578,7 +581,7 @@ class _Body:
             for block in blocks:
                 x = model.Block.forward(block, x, cache, taps)
             return ln(x)
-        masks = iter(keep(x.detach(), p, (2 * len(blocks), *x.shape)).unbind() if p else [None] * (2 * len(blocks)))
+        masks = iter(keep(x.detach(), p, (2 * len(blocks), *x.shape), 0).unbind() if p else [None] * (2 * len(blocks)))
         branch = kept = None
         for block in blocks:
             x, branch = block(x, branch, kept, next(masks), 1 / (1 - p), taps)

@@ -39,7 +39,8 @@ def _allowed(i, j, T, CAUSAL: tl.constexpr):
 def _attend(qkv_ptr, keep_ptr, y_ptr, out_ptr, lse_ptr, T, H, alpha, lam, factor, scale, FIRST: tl.constexpr, DIFFUSES: tl.constexpr,
             CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A block of queries of one (sequence, head)."""
-    block, which = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(T, BLOCK)
+    which, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     sequence, head = (which // H).to(tl.int64), which % H
     width = H * D
     i, e = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
@@ -106,7 +107,8 @@ def _queries(qkv_ptr, dout_ptr, sequence, head, i, T, H, lam, FIRST: tl.constexp
 def _attend_queries_backward(qkv_ptr, keep_ptr, y_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, H, alpha, lam, factor, scale, FIRST: tl.constexpr,
                       CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """dq of a block of queries, and delta; with WHOLE, where there is one block, dk and dv too."""
-    block, which = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(T, BLOCK)
+    which, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     sequence, head = (which // H).to(tl.int64), which % H
     width = H * D
     i, e = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
@@ -147,7 +149,8 @@ def _attend_queries_backward(qkv_ptr, keep_ptr, y_ptr, dout_ptr, lse_ptr, delta_
 def _attend_keys_backward(qkv_ptr, keep_ptr, y_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, H, alpha, lam, factor, scale, FIRST: tl.constexpr,
                    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """dk and dv of a block of keys."""
-    block, which = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(T, BLOCK)
+    which, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     sequence, head = (which // H).to(tl.int64), which % H
     width = H * D
     j, e = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
@@ -180,11 +183,16 @@ def applies(T: int, d: int) -> bool:
     return T <= LONGEST and d in (16, 32, 64, 128)
 
 
-def _form(qkv, kept, n_head: int, heads: int, causal: bool, tile: tuple[int, int, int]) -> tuple[tuple[int, int], dict]:
-    """Grid and constants of the launches."""
+def _form(qkv, kept, n_head: int, heads: int, causal: bool, tile: tuple[int, int, int]) -> tuple[tuple[int], dict]:
+    """Grid, of one axis since only the first may be longer than 65,535, and constants of the launches."""
     (B, T, C3), (block, warps, stages) = qkv.shape, tile
     form = {"FIRST": n_head - heads, "CAUSAL": causal, "DROPOUT": kept is not None, "D": C3 // 3 // n_head, "BLOCK": block}
-    return (triton.cdiv(T, block), B * n_head), form | {"num_warps": warps, "num_stages": stages}
+    return (B * n_head * triton.cdiv(T, block),), form | {"num_warps": warps, "num_stages": stages}
+
+
+def _bytes(qkv, kept):
+    """The mask as the kernels read it; without one a pointer that is not followed."""
+    return qkv if kept is None else kept.contiguous().view(torch.uint8)
 
 
 @operator
@@ -192,13 +200,14 @@ def attend(
     qkv: torch.Tensor, kept: torch.Tensor | None, factor: float, n_head: int, alpha: float, lam: float, heads: int, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(B, T, 3 C) -> y (B, T, C); what the last `heads` heads turn it into, lambda (y - alpha v) (empty without such heads); log-sum-exp (B, H, T),
-    to base 2. `kept`: bool (B, H, T, T), what dropout keeps of A, times `factor`."""
+    to base 2. `kept`: bool (B, H, T, T), what dropout keeps of A, times `factor`: 25 MB a layer of
+    shakespeare_char, kept for the way back."""
     qkv = qkv.contiguous()
     B, T, C3 = qkv.shape
     grid, form = _form(qkv, kept, n_head, heads, causal, FORWARD)
     y, lse = qkv.new_empty(B, T, C3 // 3), torch.empty(B, n_head, T, dtype=torch.float32, device=qkv.device)
     out = torch.empty_like(y) if heads else qkv.new_empty(0)
-    mask = qkv if kept is None else kept.view(torch.uint8)  # a pointer that is not followed
+    mask = _bytes(qkv, kept)
     _attend[grid](qkv, mask, y, out, lse, T, n_head, alpha, lam, factor, 1 / math.sqrt(form["D"]), DIFFUSES=heads > 0, **form)
     return y, out, lse
 
@@ -219,10 +228,11 @@ def attend_backward(
     dout, qkv = dout.contiguous(), qkv.contiguous()
     grid, form = _form(qkv, kept, n_head, heads, causal, BACKWARD)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    mask = qkv if kept is None else kept.view(torch.uint8)
+    mask = _bytes(qkv, kept)
+    whole = qkv.size(1) <= form["BLOCK"]
     given = (qkv, mask, y, dout, lse, delta, dqkv, qkv.size(1), n_head, alpha, lam, factor, 1 / math.sqrt(form["D"]))
-    _attend_queries_backward[grid](*given, WHOLE=grid[0] == 1, **form)
-    if grid[0] > 1:
+    _attend_queries_backward[grid](*given, WHOLE=whole, **form)
+    if not whole:
         _attend_keys_backward[grid](*given, **form)
     return dqkv
 

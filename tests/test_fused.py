@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install -r requirements-dev.txt")
 CUDA = torch.cuda.is_available()
+from test_fused_attention import exactly  # noqa: E402
+
 import fused  # noqa: E402
+import fused_attention  # noqa: E402
 import operators  # noqa: E402
 from model import GPT, GPTConfig, ViT, ViTConfig, attention_reference  # noqa: E402
 
@@ -44,7 +47,7 @@ def test_gelu_and_its_derivative():
 def test_dropout_keeps_the_share_it_should_and_draws_anew(p):
     torch.manual_seed(1)
     x = torch.ones(41, 500, device=DEVICE)
-    masks, again = fused.keep(x, p, (2, 41, 500)), fused.keep(x, p, (2, 41, 500))
+    masks, again = (fused.keep(x, p, (2, 41, 500), 0) for _ in range(2))
     n = x.numel()
     for mask in (*masks, *again):
         assert abs(float(mask.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
@@ -52,7 +55,7 @@ def test_dropout_keeps_the_share_it_should_and_draws_anew(p):
         both = float((one & other).float().mean())
         assert abs(both - (1 - p) ** 2) < 5 * ((1 - p) ** 2 / n) ** 0.5  # independent
     torch.manual_seed(1)
-    assert torch.equal(fused.keep(x, p, (2, 41, 500)), masks)
+    assert torch.equal(fused.keep(x, p, (2, 41, 500), 0), masks)
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 96), (2, 384), (37, 768), (3, 1100)])
@@ -217,20 +220,46 @@ class Masked(torch.nn.Module):
 
 @pytest.mark.parametrize("arm", [{"diffusion": True}, {"diffusion": True, "diffusion_heads": (1,), "diffusion_lambda": 0.5}, {}])
 def test_attention_over_short_sequences_drops_out_what_its_mask_says(monkeypatch, arm):
-    """A whole model with heads of 16 channels: its attention's mask is drawn with the right shape, rate and scale."""
+    """With heads of 16 channels: output and gradients are those of the stored matrix with that mask, and evaluation draws none."""
     p, seen = 0.4, []
     keep = fused.keep
 
-    def recorded(x, p, shape):
-        seen.append((p, tuple(shape), keep(x, p, shape)))
-        return seen[-1][2]
+    def recorded(x, p, shape, draw):
+        seen.append((p, tuple(shape), draw, keep(x, p, shape, draw)))
+        return seen[-1][-1]
 
     monkeypatch.setattr(fused, "keep", recorded)
-    for _, fast, inputs in both({"dropout": p, "n_layer": 1, **arm}, n_embd=48):
-        fast.train()(*inputs)
-        (first, residual, _), (second, attention, kept) = seen[-2:]
-        assert first == second == p and residual[::3] == (2, 48) and attention == (4, 3, residual[2], residual[2])
-        assert abs(float(kept.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
+    for _, fast, inputs in both({"dropout": p, **arm}, n_embd=48):
+        for layer, block in enumerate(fast.train().transformer.h):
+            attn, x = block.attn, torch.randn(2, 16, 48, device=DEVICE)
+            weights = attn.c_attn.weight, attn.c_proj.weight
+            seen.clear()
+            y = attn.branch(x)
+            ((rate, shape, draw, kept),) = seen
+            assert (rate, shape, draw) == (p, (2, 3, 16, 16), 1 + layer)
+            assert abs(float(kept.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
+            qkv = F.linear(x, weights[0])
+            exact = exactly(qkv, kept, 1 / (1 - p), 3, attn.alpha, attn.lam, attn.diffusing_heads, attn.causal) @ weights[1].t()
+            close(y, exact, 1e-5, 1e-5 * float(exact.abs().max()))
+            direction = torch.randn_like(y)
+            for ours, theirs in zip(*(torch.autograd.grad((out * direction).sum(), weights) for out in (y, exact))):
+                close(ours, theirs, 1e-5, 1e-5 * float(theirs.abs().max()))
+        seen.clear()
+        fast(*inputs)
+        assert [draw for _, _, draw, _ in seen] == [0, 1, 2]
+        seen.clear()
+        fast.eval()(*inputs)
+        assert not seen
+
+
+def test_the_compiler_draws_every_mask_by_itself():
+    def masks(x):
+        return [fused.keep(x, 0.5, (64,), draw) for draw in (0, 1)]
+
+    x = torch.randn(8, device=DEVICE)
+    for function in (masks, torch.compile(masks, backend="aot_eager", fullgraph=True)):
+        one, other = function(x)
+        assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("arm", [{}, {"diffusion": True}])
@@ -240,7 +269,7 @@ def test_dropout_of_both_branches_of_every_block(monkeypatch, arm):
     for model, fast, inputs in both({"dropout": p, **arm}):
         masks = []
 
-        def keep(x, p, shape, masks=masks):
+        def keep(x, p, shape, draw, masks=masks):
             masks.append(torch.rand(shape, device=x.device) >= p)
             return masks[-1]
 
@@ -298,6 +327,14 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
     torch.library.opcheck(fused.output_loss, (*wide, True), test_utils=checks)
     torch.library.opcheck(fused.output_loss, (*wide, False), test_utils=checks)
     torch.library.opcheck(fused.weight_gradient, (torch.randn(6, 4, device=DEVICE), wide[0]), test_utils=checks)
+    torch.library.opcheck(fused.table_gradient, (x, torch.randint(4, (2, 3, 5), device=DEVICE), 4), test_utils=checks)
+    torch.library.opcheck(fused.keep, (x, 0.5, (3, 4), 0), test_utils=checks)
+    qkv = torch.randn(2, 5, 96, device=DEVICE)
+    for mask, heads in ((None, 0), (torch.ones(2, 2, 5, 5, dtype=torch.bool, device=DEVICE), 1)):
+        torch.library.opcheck(fused_attention.attend, (qkv, mask, 1.25, 2, 0.5, 1.5, heads, True), test_utils=checks)
+        y, _, lse = fused_attention.attend(qkv, mask, 1.25, 2, 0.5, 1.5, heads, True)
+        arguments = (torch.randn_like(y), qkv, mask, y, lse, 1.25, 2, 0.5, 1.5, heads, True)
+        torch.library.opcheck(fused_attention.attend_backward, arguments, test_utils=checks)
     rows, gain = torch.randn(6, 4, device=DEVICE), torch.randn(4, device=DEVICE)
     torch.library.opcheck(fused.add_norm, (rows, rows.clone(), None, 1.0, gain, None), test_utils=checks)
     statistics = torch.randn(6, device=DEVICE)
