@@ -6,12 +6,11 @@ the 95 % t interval.
 """
 
 import json
-import sys
 from pathlib import Path
 
-from reports import read_report
+from reports import read_report, run
 
-from configurator import InputError, one_line_errors
+from configurator import InputError
 
 ENDS = {"as they are": 0, "after fine-tuning": -1}  # which point of a run's curve
 
@@ -88,5 +87,4 @@ def main(arguments: list[str]):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run(main)

@@ -4,12 +4,11 @@ Prints the rows of the table, the commands of the reports, and writes results/fr
 with its mean and 95 % t interval, one panel for each endpoint.
 """
 
-import sys
 from pathlib import Path
 
-from reports import read_report
+from reports import read_report, run
 
-from configurator import InputError, one_line_errors
+from configurator import InputError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 # the question of a row, in the table and short for the figure; the report's directory; A and A - I in it
@@ -41,7 +40,7 @@ ROWS = [
     (
         "a small model for 1000 steps on a CPU (the quick recipe below)",
         "small text model",
-        "weight_init_quick",
+        "heads_quick",
         ("quick", "quick_laplacian"),
     ),
     (
@@ -86,12 +85,13 @@ def entries() -> list[dict]:
                     "arms": [(factor * arm[key]["mean"], factor * arm[key]["sd"]) for arm in arms],
                     "mean": factor * difference["mean"],
                     "interval": [factor * end for end in difference["interval"]],
-                    "seeds": [factor * one for one in difference["differences"]],
+                    "seeds": [factor * one for _, one in zip(range(difference["n"]), difference["differences"], strict=True)],
                     "command": report["provenance"]["command"],
                 }
             )
-        except (KeyError, TypeError):
-            raise InputError(f"results/{directory}/report.json is not the one of this table") from None
+            row(found[-1])  # whose numbers are numbers
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"results/{directory}/report.json is not the one of this table ({type(error).__name__}: {error})") from None
     return found
 
 
@@ -146,12 +146,11 @@ def main(arguments: list[str]):
         print(__doc__)
         raise SystemExit
     if arguments:
-        raise InputError(f"{arguments[0]}: front_page.py takes no arguments")
+        raise InputError(f"front_page.py takes no arguments, not {arguments[0]!r}")
     found = entries()
     draw(RESULTS / "front_page.png", found)
     print(*map(row, found), "", *(entry["command"] for entry in found), "", "results/front_page.png", sep="\n")
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run(main)

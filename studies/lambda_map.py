@@ -7,12 +7,11 @@ there are such arms. A cell with runs that diverged says how many of how many, a
 
 import json
 import math
-import sys
 from pathlib import Path
 
-from reports import read_report
+from reports import read_report, run
 
-from configurator import InputError, one_line_errors
+from configurator import InputError
 
 
 def read_cells(report: dict) -> list[dict]:
@@ -86,5 +85,4 @@ def main(arguments: list[str]):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run(main)

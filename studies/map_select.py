@@ -7,12 +7,11 @@ variational form, if that is another; of dropout and weight decay the setting wh
 """
 
 import shlex
-import sys
 from pathlib import Path
 
-from reports import COST, ENDPOINTS, read_report
+from reports import COST, ENDPOINTS, read_report, run
 
-from configurator import InputError, one_line_errors
+from configurator import InputError
 
 REGULARISED = "dropout or weight decay"
 
@@ -107,5 +106,4 @@ def main(arguments: list[str]):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run(main)

@@ -7,11 +7,10 @@ as baseline.
 """
 
 import itertools
-import sys
 
-from reports import COST, ENDPOINTS, read_report
+from reports import COST, ENDPOINTS, read_report, run
 
-from configurator import InputError, one_line_errors
+from configurator import InputError
 
 GAIN = 0.15  # that is aimed at, on both endpoints
 
@@ -101,5 +100,4 @@ def main(arguments: list[str]):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run(main)

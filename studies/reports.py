@@ -1,4 +1,4 @@
-"""What the readers of this directory share: the one argument, and the report.json in it."""
+"""What the readers of this directory share: how they begin, the one argument, and the report.json in it."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import InputError
+from configurator import InputError, one_line_errors, quit_on_interrupt
 
 # of the barrier study, named before its runs: the gains, the first of which selects, and what they may cost in per cent of the clean loss
 ENDPOINTS, COST = ("noise 1 RMS", "attack 0.1, 10 steps"), 1.7
@@ -22,5 +22,12 @@ def read_report(arguments: list[str], doc: str) -> tuple[Path, dict]:
     path = Path(arguments[0]) / "report.json"
     try:
         return path.parent, json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__})") from None
+
+
+def run(main):
+    """main(arguments of the command line); an InputError ends the process in one line and status 2, Ctrl-C in one line and 130."""
+    quit_on_interrupt()
+    with one_line_errors():
+        main(sys.argv[1:])

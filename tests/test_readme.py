@@ -1,6 +1,7 @@
 """The README's numbers are those of the committed report, and what it names exists."""
 
 import json
+import math
 import re
 import runpy
 import sys
@@ -63,14 +64,28 @@ def test_the_words_about_shakespeare_are_the_committed_reports():
         a, b = (report["arms"][arm]["best_step"]["mean"] for arm in arms[name])
         steps.append(b - a)
         assert sum(arm["seconds"]["mean"] * arm["n"] for arm in report["arms"].values()) < 600
-    assert "best loss later (by {:.0f} steps at the same rate, by {:.0f} at the tuned ones)".format(*steps) in README
+    assert "best loss comes later (by {:.0f} steps at the same rate, by {:.0f} at the tuned ones)".format(*steps) in README
     rates = [report_of(name)["arms"] for name in ("shakespeare_char_rates", "shakespeare_char_rates_more")]
     for arm, chosen in (("shakespeare_char", "4e-3"), ("shakespeare_char_laplacian", "2e-3")):
         losses = {
             name.rpartition("=")[2]: found[name]["best_val_loss"]["mean"] for found in rates for name in found if name.startswith(f"{arm}_learning")
         }
         assert len(losses) == 4 and min(losses, key=losses.get) == chosen
-    assert f"({words(losses['1e-3'])} and {words(losses['2e-3'])})" in README
+    assert f"({words(losses['2e-3'])} and {words(losses['1e-3'])})" in README
+    a, b, tuned_a, tuned_b = (
+        {cell["seed"]: cell["best_val_loss"] for cell in reports[name]["arms"][arm]["cells"]} for name, both in arms.items() for arm in both
+    )
+
+    def difference(one, other):
+        test = stats.ttest_1samp([other[seed] - one[seed] for seed in one], 0)
+        low, high = test.confidence_interval(0.95)
+        return (low + high) / 2, low, high
+
+    assert len(a) == 10 and a.keys() == b.keys() == tuned_a.keys() == tuned_b.keys()
+    flat = README.replace("\n", " ")
+    assert "2e-3 is worse for it by {:.4f} ({:.4f} to {:.4f})".format(*difference(b, tuned_b)) in flat
+    assert "A's gain from 4e-3 is undecided ({}, {} to {})".format(*map(words, difference(tuned_a, a))) in flat
+    assert "is undecided too ({}, {} to {})".format(*(words(x, "+") for x in difference(tuned_a, b))) in flat
 
 
 def test_the_words_about_pictures_are_the_committed_reports():
@@ -78,16 +93,15 @@ def test_the_words_about_pictures_are_the_committed_reports():
     (pair,) = report["pairs"].values()
     a, b = (arm["cells"] for arm in report["arms"].values())
     assert min(pair["top1"]["differences"]) > 0 and max(pair["last"]["differences"]) < 0 and pair["top1"]["n"] == 6
-    assert (
-        "by {:.1f} points of top-1 and {:.3f} nats at the end, on every one of six seeds".format(100 * pair["top1"]["mean"], -pair["last"]["mean"])
-        in README
-    )
+    assert f"by {100 * pair['top1']['mean']:.1f} points of top-1 on average and on every one of six seeds" in README
+    assert f"its loss, which is secondary, ends {-pair['last']['mean']:.3f} nats lower" in README
+    assert f"no p below {pair['top1']['sign_flip_p']:.3f}" in README and len(report_of("heads_rates")["arms"]) == 37
     first = [sum(next(loss for step, loss, *_ in cell["curve"] if step == 500) for cell in arm) for arm in (a, b)]
     assert all(len(arm) == 6 for arm in (a, b)) and first[1] < first[0]
     found = {name: arm["top1"]["mean"] for name, arm in rates["arms"].items()}
     leads = [found[f"imagenet16_laplacian_learning_rate={r}"] - found[f"imagenet16_learning_rate={r}"] for r in ("3e-4", "1e-3", "2e-3", "4e-3")]
     assert len(found) == 8 and all(arm["n"] == 3 for arm in rates["arms"].values())
-    assert f"and by {100 * min(leads):.1f} points or more at each of the four rates tried, on three other seeds" in README
+    assert f"on average by {math.floor(1000 * min(leads)) / 10:.1f} points or more at each of the four rates tried, on three other seeds" in README
     for arm in ("imagenet16", "imagenet16_laplacian"):
         assert max((name for name in found if name.startswith(f"{arm}_learning")), key=found.get) == f"{arm}_learning_rate=1e-3"
 

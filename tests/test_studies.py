@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,7 +23,8 @@ def load(name):
     return module
 
 
-lambda_map, alpha_curve, map_select, map_table, tuned = (load(name) for name in ("lambda_map", "alpha_curve", "map_select", "map_table", "tuned"))
+NAMES = ("lambda_map", "alpha_curve", "map_select", "map_table", "tuned", "front_page")
+lambda_map, alpha_curve, map_select, map_table, tuned, front_page = map(load, NAMES)
 
 
 def report_of(cells) -> dict:
@@ -220,34 +223,81 @@ def test_the_table_of_the_barrier_study(tmp_path, capsys):
 
 
 def rates_report(endpoint, means: dict[str, float | None]) -> dict:
-    """A report whose arms have these means of the endpoint; None: all runs diverged."""
+    """A report whose arms have these means of the endpoint; None: all runs diverged. An arm without a rate has the file's, 5e-4."""
     key = {"best": "best_val_loss", "top1": "top1"}[endpoint]
     arms = {f"arm{i}": {"n": 2, "diverged": [] if mean else [{}, {}], key: {"mean": mean}} for i, mean in enumerate(means.values())}
-    return {"endpoint": endpoint, "arms": arms, "provenance": {"command": tuned.shlex.join(["python", "compare.py", *means, "--seeds=2"])}}
+    rates = {f"arm{i}": {"learning_rate": float((re.findall("rate[= ](\\S+)", name) or ["5e-4"])[0])} for i, name in enumerate(means)}
+    command = shlex.join(["python", "compare.py", *means, "--seeds", "2"])
+    return {"endpoint": endpoint, "arms": arms, "provenance": {"command": command, "configs": rates}}
 
 
 def test_each_arm_at_its_best_rate(tmp_path, capsys):
-    a, b = "config/a.py --learning_rate={}", "config/b.py --learning_rate={} --dropout=0.1"
+    a, b = "config/a.py --learning_rate={}", "config/b.py --learning-rate {} --dropout=0.1"
     rates = ("1e-3", "2e-3", "4e-3")
-    means = dict(zip([arm.format(rate) for arm in (a, b) for rate in rates], (1.5, 1.4, 1.45, 1.6, 1.5, None)))
+    means = dict(zip(["config/a.py"] + [arm.format(rate) for arm in (a, b) for rate in rates], (1.6, 1.5, 1.4, 1.35, 1.6, 1.5, None)))
     (tmp_path / "report.json").write_text(json.dumps(rates_report("best", means)))
     tuned.main([str(tmp_path)])
     out, err = capsys.readouterr()
-    assert out.splitlines() == ["config/a.py --learning_rate=2e-3", "config/b.py --dropout=0.1 --learning_rate=2e-3"]
-    assert err.splitlines() == [
-        "config/b.py --dropout=0.1: its best rate 2e-3 is the largest without divergence; next: config/b.py --dropout=0.1 --learning_rate=0.004"
-    ]
+    assert out.splitlines() == ["config/a.py --learning_rate=4e-3", "config/b.py --dropout=0.1 --learning_rate=2e-3"]
+    assert err.splitlines() == ["config/a.py: its best rate 4e-3 is the largest tried; next: config/a.py --learning_rate=8e-3"]  # b diverged at 4e-3
     arms, notes = tuned.best_rates(rates_report("top1", {name: mean for name, mean in means.items() if mean}))  # more is better
-    assert arms == ["config/a.py --learning_rate=1e-3", "config/b.py --dropout=0.1 --learning_rate=1e-3"]
-    assert [note.partition("next: ")[2].rpartition("=")[2] for note in notes] == ["0.0005", "0.0005"]
+    assert arms == ["config/a.py --learning_rate=5e-4", "config/b.py --dropout=0.1 --learning_rate=1e-3"]
+    assert [note.partition("next: ")[2].rpartition("=")[2] for note in notes] == ["2.5e-4", "5e-4"]
+    assert [tuned.spelled(rate) for rate in (0.008, 1.6e-2, 5e-4, 1.0)] == ["8e-3", "1.6e-2", "5e-4", "1e0"]
 
 
 def test_what_has_no_best_rate():
+    good = rates_report("best", {"config/a.py --learning_rate=1": 1.0, "config/a.py --learning_rate=2": 2.0})
+    tuned.best_rates(good)
+
+    def changed(*path, value):
+        report = json.loads(json.dumps(good))
+        inner = report
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        return report
+
+    damaged = [
+        [],
+        {},
+        changed("endpoint", value="x"),
+        changed("arms", value=[1]),
+        changed("arms", "arm0", value=3),
+        changed("provenance", value=None),
+    ]
+    damaged += [changed("provenance", "command", value=value) for value in (None, 3, ["a"], "python compare.py 'a")]
+    damaged += [changed("provenance", "configs", value={}), changed("provenance", "configs", "arm0", "learning_rate", value="abc")]
+    damaged += [changed("arms", "arm0", "best_val_loss", "mean", value=value) for value in ("x", [1], None)]
     for report, words in (
-        (rates_report("best", {"config/a.py": 1.0}), "does not name a --learning_rate"),
-        (rates_report("best", {"config/a.py --learning_rate=1": None}), "every rate of arm 'config/a.py' has a run that diverged"),
-        ({"endpoint": "best", "arms": {}}, "is not one of compare.py"),
-        ([], "is not one of compare.py"),
+        (rates_report("best", {"config/a.py": 1.0}), "arm 'config/a.py' has one rate, 5e-4: nothing to choose from"),
+        (rates_report("best", dict.fromkeys(("config/a.py", "config/a.py --learning_rate=1"))), "every rate of arm 'config/a.py' has a run that div"),
+        (rates_report("best", {}), "has no arms"),
+        *((report, "is not one of compare.py") for report in damaged),
     ):
         with pytest.raises(InputError, match=words):
             tuned.best_rates(report)
+
+
+def test_the_first_page_refuses_what_is_not_its_report(tmp_path, monkeypatch):
+    committed = {directory: (front_page.RESULTS / directory / "report.json").read_text() for *_, directory, _ in front_page.ROWS}
+    monkeypatch.setattr(front_page, "RESULTS", tmp_path)
+    for directory, text in committed.items():
+        (tmp_path / directory).mkdir(exist_ok=True)
+        (tmp_path / directory / "report.json").write_text(text)
+    assert len(front_page.entries()) == len(front_page.ROWS)
+    *_, directory, (_, name) = front_page.ROWS[0]
+    for damage in (
+        lambda report: report["pairs"].pop(name),
+        lambda report: report["arms"][name].update(n=5),
+        lambda report: report["arms"][name]["top1"].update(sd="x"),
+        lambda report: report["pairs"][name]["top1"].update(interval=[1.0]),
+        lambda report: report["pairs"][name]["top1"].update(differences=[1.0]),
+    ):
+        report = json.loads(committed[directory])
+        damage(report)
+        (tmp_path / directory / "report.json").write_text(json.dumps(report))
+        with pytest.raises(InputError, match=f"results/{directory}/report.json"):
+            front_page.entries()
+    with pytest.raises(InputError, match="takes no arguments, not ''"):
+        front_page.main([""])
