@@ -303,6 +303,31 @@ def test_the_table_of_heads_is_the_committed_report():
         assert f"{row}\n" in README or f"{row} |\n" in README
 
 
+def test_the_words_about_heads_at_tuned_rates_are_the_committed_reports():
+    report, rates = report_of("heads_quick_tuned"), report_of("heads_quick_rates")
+    a, whole, early, late, half = report["arms"]
+    heads = {name: config["diffusion_heads"] for name, config in report["provenance"]["configs"].items() if name in (early, late, half)}
+    assert [list(value) for value in heads.values()] == [[4, 4, 0, 0], [0, 0, 4, 4], [2]] and all(arm["n"] == 8 for arm in report["arms"].values())
+    chosen = {}
+    for name, config in rates["provenance"]["configs"].items():
+        chosen.setdefault(tuple(config["diffusion_heads"]), []).append((rates["arms"][name]["best_val_loss"]["mean"], config["learning_rate"]))
+    for name in heads:
+        config = report["provenance"]["configs"][name]
+        tried = chosen[tuple(config["diffusion_heads"])]
+        assert len(tried) == 4 and min(tried)[1] == config["learning_rate"] not in (2e-3, 1.6e-2)
+    said = {}
+    for name, pair in report["pairs"].items():
+        entry = pair["best"]
+        said[name] = "{} ({} to {})".format(*(words(value, "+") for value in (entry["mean"], *entry["interval"])))
+    line = f"against A, {said[early]} in the first half of the layers, {said[late]} in the last half, "
+    line += f"{said[half]} for half of the heads\nof every layer, {said[whole]} for all"
+    assert line in README
+    assert f"the early layers, by {report['pairs'][early]['best']['mean']:.3f} at tuned rates; in late layers alone" in README
+    assert f"nor helps that can be seen ({said[late]})" in README
+    low, high = report["pairs"][late]["best"]["interval"]
+    assert low < 0 < high and all(report["pairs"][name]["best"]["interval"][0] > 0 for name in (whole, early, half))
+
+
 def test_the_words_about_heads_and_alpha_are_the_committed_reports():
     report = report_of("lambda_map_quick")
     cells = {}
