@@ -9,8 +9,9 @@ arm is paired with seed s of the baseline: both start from the same weights of t
 
 An arm may start from weights, --init_from=PATH in its quotes; {seed} in the path is the cell's seed: "config/x.py --init_from=runs/seed-{seed}/best".
 
-A cell is one arm with one seed. Its result is written when its run has finished, so a killed comparison continues where it was, and torchrun spreads
-the cells over its processes. Cells made with other keys, data, code or device are refused, never mixed.
+A cell is one arm with one seed. Its result is written when its run has finished, so a killed comparison goes on with the others; one that is
+interrupted, by Ctrl-C or SIGTERM, goes on inside its cells. torchrun spreads the cells over its processes. Cells made with other keys, data, code or
+device are refused, never mixed.
 
 The rules: the endpoint is named before the runs (--endpoint); every cell is reported; a run that diverges is counted as such and never averaged;
 the interval is the paired t interval (bootstrap intervals are too narrow for ten seeds or fewer); the p value is the exact sign-flip test's, which
@@ -142,6 +143,7 @@ ENDPOINTS = {
 # keys that cannot change a run's losses, so a cell may be used again when they differ; data and device are told by checksum and name
 HARMLESS = {"out_dir", "overwrite", "seed", "dataset", "log_interval", "always_save_checkpoint", "device", "eval_only", "probe_interval"}
 HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
+BEGUN = "begun.json"  # in a cell's directory until it has finished: the fingerprint of its run
 FRONTIER = ("noise 1 RMS", "attack 0.1, 10 steps")  # the perturbations of frontier.png
 
 
@@ -226,6 +228,17 @@ def replaceable(out_dir: Path, arms: dict) -> bool:
         return False
 
 
+def begun(directory: Path, expected: dict) -> bool:
+    """Whether a cell was interrupted and can go on: its checkpoint is whole and it was begun with the same fingerprint. Else notes its beginning."""
+    try:
+        same = json.loads((directory / BEGUN).read_text(encoding="utf-8")) == expected
+        return same and bool(checkpoint.readable(directory / "last"))
+    except (OSError, ValueError, InputError):  # not begun, or nothing to go on from: it starts, and a checkpoint of another run goes
+        directory.mkdir(parents=True, exist_ok=True)
+        write_file(directory / BEGUN, (json.dumps(expected, indent=1) + "\n").encode())
+        return False
+
+
 def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[str, list[dict]]:
     """Runs the cells that are not there yet, one program per arm; under torchrun this process's share. Returns all results per arm."""
     out_dir = Path(comparison.out_dir)
@@ -274,17 +287,21 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         for cell in own:
             if config.init_from != of_seed(config, cell[1]).init_from:
                 program = program._replace(weights=checkpoint.starting_weights(of_seed(config, cell[1]))[1])
+            directory = path[cell].parent
+            start = program._replace(config=dataclasses.replace(program.config, init_from="resume")) if begun(directory, expected[cell]) else program
             try:
-                save = comparison.save_checkpoints or bool(comparison.evaluators)
-                result = train(program, cell[1], path[cell].parent, save=save, quiet=True)
+                result = train(start, cell[1], directory, save=comparison.save_checkpoints or bool(comparison.evaluators), quiet=True)
                 if comparison.evaluators:
-                    result["evaluation"] = examine(comparison, program, path[cell].parent)
+                    result["evaluation"] = examine(comparison, program, directory)
                 words = f"best {result['best_val_loss']:.4f} at step {result['best_step']}, last {result['val_loss']:.4f}, {result['seconds']:.1f} s"
             except Diverged as error:
                 result, words = {"diverged_at": error.step}, f"DIVERGED: {error}"
-                forget(comparison, path[cell].parent)
             result |= {"arm": name, "seed": cell[1], "mode": program.mode}
             write_file(path[cell], (json.dumps({"fingerprint": expected[cell], "result": result}, indent=1) + "\n").encode())
+            (directory / BEGUN).unlink(missing_ok=True)
+            if not comparison.save_checkpoints:  # those of an interruption, or for evaluate.py
+                checkpoint.remove(directory / "best")
+                checkpoint.remove(directory / "last")
             finished += 1
             left = timedelta(seconds=round((time.perf_counter() - began) / finished * (len(mine) - finished)))
             say(f"[{finished}/{len(mine)}] {name}, seed {cell[1]}: {words}" + (f"; left about {left}" if finished < len(mine) else ""))
@@ -300,22 +317,13 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
 
 
 def examine(comparison: CompareConfig, program, directory: Path) -> dict:
-    """evaluate.py's figures of a cell's best weights (its last ones where no evaluation beat the first); removes the checkpoints nobody asked for."""
+    """evaluate.py's figures of a cell's best weights (its last ones where no evaluation beat the first)."""
     which = "best" if (directory / "best" / "checkpoint.json").is_file() else "last"
     model, _, _ = checkpoint.load_model(directory, which)
     place = program.place._replace(dtype=torch.float32)
     subject = evaluate.Subject(model.to(place.device), program.data, place, program.config.eval_tokens)
     wanted = {"clean": evaluate.clean} | {name: evaluate.EVALUATORS[name] for name in comparison.evaluators}
-    results = evaluate.examine(subject, wanted, quiet=True)
-    forget(comparison, directory)
-    return {"which": which, **results}
-
-
-def forget(comparison: CompareConfig, directory: Path):
-    """Removes a cell's checkpoints that were written for evaluate.py alone."""
-    if comparison.evaluators and not comparison.save_checkpoints:
-        checkpoint.remove(directory / "best")
-        checkpoint.remove(directory / "last")
+    return {"which": which, **evaluate.examine(subject, wanted, quiet=True)}
 
 
 def data_checksum(dataset: str) -> dict:
@@ -390,7 +398,7 @@ def analyse(comparison: CompareConfig, results: dict[str, list[dict]]) -> tuple[
             "diverged": [{"seed": cell["seed"], "step": cell["diverged_at"]} for cell in cells if "diverged_at" in cell],
             **{ENDPOINTS[endpoint][1]: summary([cell[ENDPOINTS[endpoint][1]] for cell in good]) for endpoint in measured},
             "best_step": summary([cell["best_step"] for cell in good]),
-            "seconds": summary([cell["seconds"] for cell in good]),
+            "seconds": summary([cell["seconds"] for cell in good if not cell.get("resumed_at")]),  # those that one call ran whole
             "ms": summary([cell["ms"] for cell in good]),
             "tokens_per_s": summary([cell["tokens_per_s"] for cell in good]),
             "mode": cells[0]["mode"],

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from configurator import InputError
 
-KEYS = ("step", "train_loss", "val_loss", "top1", "top5", "ms", "tokens_per_s", "lr", "grad_norm", "mfu")
+EVALUATION = ("val_loss", "top1", "top5")  # the last two of pictures alone
+KEYS = ("step", "train_loss", *EVALUATION, "ms", "tokens_per_s", "lr", "grad_norm", "mfu")
 BARRIER = ("barrier", "margin_min", "margin_mean", "margin_p05", "negative_share")  # in the rows of runs with a log-barrier
 
 
@@ -98,3 +99,9 @@ def read_metrics(out_dir: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
     lines = (Path(out_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def earlier_evaluations(out_dir: Path) -> list[list]:
+    """[step, val_loss], for pictures with top1 and top5, of every evaluation in a run's metrics.jsonl."""
+    rows = (row for row in read_metrics(out_dir) if row["val_loss"] is not None)
+    return [[row["step"], *(row[key] for key in EVALUATION if row[key] is not None)] for row in rows]

@@ -76,7 +76,7 @@ from model import GPT, ViT, attention_matrix
 
 HEAD = ("cosine", "cosine_average", "entropy", "diagonal", "dirichlet_in", "dirichlet_out")
 LAYER = ("effective_rank", "cosine", "cosine_average", "stream_rms", "attention_rms", "mlp_rms")
-SEQUENCES = 16  # that train.py and evaluate.py look at
+SEQUENCES, TOKENS = 16, 4096  # that train.py and evaluate.py look at: so many sequences, fewer of long ones
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -196,8 +196,9 @@ def start_record(out_dir: Path, resume_at: int | None) -> int:
 
 
 def measure(model, data) -> dict[str, float | None]:
-    """The probe on SEQUENCES sequences of the validation set, the same ones each time."""
-    return {name: None if math.isnan(value) else value for name, value in probe(model, validation_sequences(data))}
+    """The probe on SEQUENCES sequences of the validation set, or as many as have TOKENS tokens; the same ones each time."""
+    sequences = max(1, min(SEQUENCES, TOKENS // data.block_size))
+    return {name: None if math.isnan(value) else value for name, value in probe(model, validation_sequences(data, sequences))}
 
 
 def append(out_dir: Path, step: int, values: dict):

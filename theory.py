@@ -55,8 +55,14 @@ def dirichlet_energy(X, A):
 
 
 def effective_rank(X):
-    """exp of the entropy of the normalised singular values, between 1 and min(n, p): (..., n, p) -> (...). Source: Roy and Vetterli, EUSIPCO 2007."""
-    singular = torch.linalg.svdvals(X)
+    """exp of the entropy of the normalised singular values, between 1 and min(n, p): (..., n, p) -> (...). Source: Roy and Vetterli, EUSIPCO 2007.
+
+    Singular values by the eigenvalues of the smaller Gram matrix in float64, several times as fast on a GPU as a singular value decomposition. Those
+    below 1e-7 of the largest count as 0.
+    """
+    wide = X.double()
+    squares = torch.linalg.eigvalsh(wide @ wide.mT if X.size(-2) < X.size(-1) else wide.mT @ wide)
+    singular = squares.where(squares > 1e-14 * squares.amax(dim=-1, keepdim=True), 0.0).sqrt().to(X.dtype)
     share = singular / singular.sum(dim=-1, keepdim=True)
     return torch.special.entr(share).sum(dim=-1).exp()
 

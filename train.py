@@ -33,7 +33,7 @@ from tqdm import tqdm
 import checkpoint
 import onednn
 from dataset import Pictures, Tokens, load, prepare_if_missing
-from metrics import Metrics
+from metrics import EVALUATION, Metrics, earlier_evaluations
 from model import GPT, GPTConfig, ViT, ViTConfig
 from operators import make_known
 from optimizer import learning_rate, make_optimizer, reset, set_learning_rate
@@ -237,7 +237,7 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
         batches = data.validation(max(config.batch_size, EVAL_TOKENS // data.block_size), config.eval_tokens, place.rank, place.world)
         parts = [(scores_of(x, y), count) for x, y, count in batches]
         reshard(network)
-        names = ("val_loss",) if isinstance(model, GPT) else ("val_loss", "top1", "top5")
+        names = EVALUATION[:1] if isinstance(model, GPT) else EVALUATION
         total = torch.zeros(len(names) + 1, dtype=torch.float64)
         for scores, count in zip(torch.stack([scores for scores, _ in parts]).cpu().double() if parts else [], [count for _, count in parts]):
             scores[0] *= count  # a mean, the others are counts
@@ -320,10 +320,11 @@ def margins_of(seen: list, place: Place) -> dict[str, float]:
 
 
 def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: bool = False) -> dict:
-    """Trains one seed of `program` to max_iters; logs to out_dir/metrics.jsonl, checkpoints in out_dir/last and out_dir/best if `save`.
+    """Trains one seed of `program` to max_iters; logs to out_dir/metrics.jsonl, checkpoints in out_dir/last and out_dir/best.
 
-    Returns step, best_val_loss, best_step, the last evaluation (val_loss; for pictures top1, top5), curve [[step, *evaluation], ...], seconds (all of
-    it), ms (per iteration, without evaluation) and tokens_per_s. Raises Diverged, Interrupted, InputError.
+    Without `save` there is a checkpoint only when a signal or an error of a file ends the run early. Returns step, best_val_loss, best_step, the last
+    evaluation (val_loss; for pictures top1, top5), curve [[step, *evaluation], ...], resumed_at (the step; None for a whole run), and since then
+    seconds (all of it), ms (per iteration, without evaluation) and tokens_per_s. Raises Diverged, Interrupted, InputError.
     """
     config, place, model = program.config, program.place, program.model
     main = place.rank == 0
@@ -350,9 +351,9 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
         if metrics:
             metrics.record(**values)
 
-    def write(name: str):
+    def write(name: str, early: bool = False):
         nonlocal saved_at
-        if save and not config.eval_only:
+        if (save or early) and not config.eval_only:
             entries = {"config": dataclasses.asdict(config) | {"seed": seed}, "data": program.data.checksum, "tokenizer": program.data.tokenizer}
             entries |= {"generators": "batches and dropout are functions of (seed, step)", "scaler": program.scaler.state_dict(), **progress}
             continues = {"optimizer": program.optimizer, "prior": program.prior} if name == "last" else {"optimizer": None}
@@ -367,7 +368,8 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
     # loss and gradient norm of the steps not looked at yet: looking waits for the GPU
     losses = torch.zeros(max(1, min(config.log_interval, config.eval_interval, config.max_iters)), device=place.device)
     norms, unread, done, train_seconds, since = torch.zeros_like(losses), 0, 0, 0.0, began
-    curve, scores, seen_last, underflow = [], {}, [], False
+    curve, seen_last, underflow = earlier_evaluations(out_dir) if metrics and resumed else [], [], False
+    scores = dict(zip(EVALUATION, curve[-1][1:])) if curve else {}
     bar = tqdm(total=config.max_iters, initial=step, disable=not main or not sys.stderr.isatty(), smoothing=0.05, leave=False)
     try:
         while True:
@@ -407,8 +409,8 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                     say(f"iter {step}: loss {loss:.4f}, {ms:.2f} ms, {rate:,.0f} tok/s, {more}left {left}")
 
             if stop and (step < config.max_iters or signals.broken_off):  # an evaluation that is due is made up for after resuming
-                write("last")
-                saved = f", saved in {out_dir / 'last'}; --init_from=resume continues" if save and not config.eval_only else ""
+                write("last", early=True)
+                saved = "" if config.eval_only else f", saved in {out_dir / 'last'}; --init_from=resume continues"
                 raise Interrupted(stop[0], f"stopped at step {step}{saved}")
             if config.eval_only or (at_eval and progress["evaluated"] != step):
                 found = signals.attempt(program.evaluate)
@@ -447,10 +449,10 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
             step, unread = step + 1, unread + 1
             bar.update()
     except (InputError, BrokenPipeError) as error:  # a file cannot be written or read, or nobody reads stdout: what is there is saved if it can be
-        if place.world > 1 or config.eval_only or not save or saved_at == step:
+        if place.world > 1 or config.eval_only or saved_at == step:
             raise
         try:
-            write("last")
+            write("last", early=True)
         except InputError:
             raise error from None
         if isinstance(error, BrokenPipeError):
@@ -462,7 +464,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
         if metrics:
             metrics.close()
     speed = {"ms": train_seconds / done * 1e3, "tokens_per_s": done * program.tokens / train_seconds} if done else {"ms": None, "tokens_per_s": None}
-    return {"step": step, **progress, **scores, "curve": curve, "seconds": time.perf_counter() - began, **speed}
+    return {"step": step, **progress, **scores, "curve": curve, "resumed_at": resumed.get("step"), "seconds": time.perf_counter() - began, **speed}
 
 
 def main(config: TrainConfig) -> int:

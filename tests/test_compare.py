@@ -417,14 +417,43 @@ def test_a_killed_comparison_goes_on_with_the_cells_that_are_missing(undisturbed
     assert 5 <= len(read_metrics(tmp_path / "cells" / "laplacian" / "seed-1")) < whole, "the fourth cell had begun"
     assert not (tmp_path / "report.json").exists()
 
+    cell = tmp_path / "cells" / "laplacian" / "seed-1"
+    assert (cell / "begun.json").is_file() and (cell / "last").is_dir() == (number == signal.SIGTERM)
     resumed = run(tmp_path, *arms)
     assert "6 runs, 3 of them finished before" in capsys.readouterr().out
+    inside = [cell["resumed_at"] for cell in resumed["arms"]["laplacian"]["cells"]]
+    assert inside[1:] == [None, None] and (0 < inside[0] < 12 if number == signal.SIGTERM else inside[0] is None)
+    assert resumed["arms"]["laplacian"]["seconds"]["n"] == (2 if number == signal.SIGTERM else 3), "of a part of a run they would mislead"
+    assert sorted(path.name for path in cell.iterdir()) == ["metrics.jsonl", "result.json"]
     after = cells_in(tmp_path)
     assert {name: after[name] for name in before} == before and len(after) == 6
     assert losses(resumed) == losses(report)
     for endpoint in ("best", "last"):
         assert resumed["pairs"]["laplacian"][endpoint] == report["pairs"]["laplacian"][endpoint]
     assert [path.name for path in tmp_path.rglob(".*")] == [], "no temporary files"
+
+
+@pytest.mark.parametrize("change", ["fingerprint", "checkpoint", "nothing"])
+def test_an_interrupted_cell_goes_on_only_from_a_whole_checkpoint_of_the_same_run(arms, tmp_path, monkeypatch, change):
+    step, stops = train.learning_rate, [7]
+
+    def stop_at_seven(config, i):
+        if i + 1 == stops[0]:
+            stops[0] = None
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(config, i)
+
+    monkeypatch.setattr(train, "learning_rate", stop_at_seven)
+    with pytest.raises(train.Interrupted):
+        run(tmp_path, *arms, seeds=1)
+    cell = tmp_path / "cells" / "base" / "seed-1"
+    if change == "fingerprint":
+        (cell / "begun.json").write_text((cell / "begun.json").read_text().replace('"dropout": 0.1', '"dropout": 0.0'))
+    if change == "checkpoint":
+        next((cell / "last").glob("model-*")).write_bytes(b"damaged")
+    report = run(tmp_path, *arms, seeds=1)
+    assert report["arms"]["base"]["cells"][0]["resumed_at"] == (7 if change == "nothing" else None)
+    assert [point[0] for point in report["arms"]["base"]["cells"][0]["curve"]] == [0, 4, 8, 12]
 
 
 def test_more_seeds_and_a_third_arm_extend_a_comparison(undisturbed, arms, tmp_path, capsys):
