@@ -1,4 +1,4 @@
-"""The README's numbers are those of the committed report, and what it names exists."""
+"""The numbers of README.md and of the pages in docs/ are those of the committed reports, and what they name exists."""
 
 import json
 import math
@@ -11,7 +11,11 @@ import pytest
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+# as they are, for rows of tables and commands, which are lines; and each as one line, for sentences, wrapped anywhere
+README = PAGES["README.md"]
+RESULTS, THEORY, BARRIER, SPEED = (PAGES[f"docs/{name}.md"] for name in ("results", "theory", "barrier", "speed"))
+IN_README, IN_RESULTS, IN_THEORY, IN_BARRIER = (" ".join(page.split()) for page in (README, RESULTS, THEORY, BARRIER))
 
 
 def report_of(name: str) -> dict:
@@ -29,11 +33,12 @@ def front_page():
 
 
 def test_the_first_table_is_the_committed_reports(front_page):
-    """Every row as studies/front_page.py writes it, no other, and the commands of all."""
+    """Every row as studies/front_page.py writes it, no other; the commands of all are in docs/results.md, in this order."""
     table = README[README.index("| question |") :].partition("\n\n")[0].splitlines()[2:]
     found = front_page["entries"]()
     assert table == [front_page["row"](entry) for entry in found] and len(table) >= 5
-    assert all(f"{entry['command']}\n" in README for entry in found)
+    commands = RESULTS[RESULTS.index("## The commands") :].partition("```sh\n")[2].partition("```")[0].splitlines()
+    assert commands == [entry["command"] for entry in found]
 
 
 def test_a_row_is_what_its_report_says(front_page):
@@ -56,22 +61,23 @@ def test_the_words_about_shakespeare_are_the_committed_reports():
     arms = {name: [f"shakespeare_char{word}" for word in both] for name, both in arms.items()}
     reports = {name: report_of(f"shakespeare_char_{name}") for name in arms}
     pairs = [reports[name]["pairs"][both[1]] for name, both in arms.items()]
-    assert "lower by {:.3f} at the same rate and by {:.3f} at the tuned ones".format(*(-pair["last"]["mean"] for pair in pairs)) in README
-    assert "sign-flip p = {:.3f}".format(pairs[0]["best"]["sign_flip_p"]) in README
-    assert "the sign turns (p = {:.3f})".format(pairs[1]["best"]["sign_flip_p"]) in README
+    for page in (IN_README, IN_RESULTS):
+        assert "lower by {:.3f} at the same rate and by {:.3f} at the tuned ones".format(*(-pair["last"]["mean"] for pair in pairs)) in page
+        assert "sign-flip p = {:.3f}".format(pairs[0]["best"]["sign_flip_p"]) in page
+        assert "the sign turns (p = {:.3f})".format(pairs[1]["best"]["sign_flip_p"]) in page
     steps = []
     for name, report in reports.items():
         a, b = (report["arms"][arm]["best_step"]["mean"] for arm in arms[name])
         steps.append(b - a)
         assert sum(arm["seconds"]["mean"] * arm["n"] for arm in report["arms"].values()) < 600
-    assert "best loss comes later (by {:.0f} steps at the same rate, by {:.0f} at the tuned ones)".format(*steps) in README
+    assert "best loss comes later (by {:.0f} steps at the same rate, by {:.0f} at the tuned ones)".format(*steps) in IN_RESULTS
     rates = [report_of(name)["arms"] for name in ("shakespeare_char_rates", "shakespeare_char_rates_more")]
     for arm, chosen in (("shakespeare_char", "4e-3"), ("shakespeare_char_laplacian", "2e-3")):
         losses = {
             name.rpartition("=")[2]: found[name]["best_val_loss"]["mean"] for found in rates for name in found if name.startswith(f"{arm}_learning")
         }
         assert len(losses) == 4 and min(losses, key=losses.get) == chosen
-    assert f"({words(losses['2e-3'])} and {words(losses['1e-3'])})" in README
+    assert f"({words(losses['2e-3'])} and {words(losses['1e-3'])})" in IN_RESULTS
     a, b, tuned_a, tuned_b = (
         {cell["seed"]: cell["best_val_loss"] for cell in reports[name]["arms"][arm]["cells"]} for name, both in arms.items() for arm in both
     )
@@ -82,10 +88,9 @@ def test_the_words_about_shakespeare_are_the_committed_reports():
         return (low + high) / 2, low, high
 
     assert len(a) == 10 and a.keys() == b.keys() == tuned_a.keys() == tuned_b.keys()
-    flat = README.replace("\n", " ")
-    assert "2e-3 is worse for it by {:.4f} ({:.4f} to {:.4f})".format(*difference(b, tuned_b)) in flat
-    assert "A's gain from 4e-3 is undecided ({}, {} to {})".format(*map(words, difference(tuned_a, a))) in flat
-    assert "is undecided too ({}, {} to {})".format(*(words(x, "+") for x in difference(tuned_a, b))) in flat
+    assert "2e-3 is worse for it by {:.4f} ({:.4f} to {:.4f})".format(*difference(b, tuned_b)) in IN_RESULTS
+    assert "A's gain from 4e-3 is undecided ({}, {} to {})".format(*map(words, difference(tuned_a, a))) in IN_RESULTS
+    assert "is undecided too ({}, {} to {})".format(*(words(x, "+") for x in difference(tuned_a, b))) in IN_RESULTS
 
 
 def test_the_words_about_pictures_are_the_committed_reports():
@@ -93,15 +98,17 @@ def test_the_words_about_pictures_are_the_committed_reports():
     (pair,) = report["pairs"].values()
     a, b = (arm["cells"] for arm in report["arms"].values())
     assert min(pair["top1"]["differences"]) > 0 and max(pair["last"]["differences"]) < 0 and pair["top1"]["n"] == 6
-    assert f"by {100 * pair['top1']['mean']:.1f} points of top-1 on average and on every one of six seeds" in README
-    assert f"its loss, which is secondary, ends {-pair['last']['mean']:.3f} nats lower" in README
-    assert f"no p below {pair['top1']['sign_flip_p']:.3f}" in README and len(report_of("heads_rates")["arms"]) == 37
+    assert f"Its loss, which is secondary, ends {-pair['last']['mean']:.3f} nats lower" in IN_RESULTS
+    assert f"among the {len(report_of('heads_rates')['arms'])} runs of one seed" in IN_RESULTS
     first = [sum(next(loss for step, loss, *_ in cell["curve"] if step == 500) for cell in arm) for arm in (a, b)]
     assert all(len(arm) == 6 for arm in (a, b)) and first[1] < first[0]
     found = {name: arm["top1"]["mean"] for name, arm in rates["arms"].items()}
     leads = [found[f"imagenet16_laplacian_learning_rate={r}"] - found[f"imagenet16_learning_rate={r}"] for r in ("3e-4", "1e-3", "2e-3", "4e-3")]
     assert len(found) == 8 and all(arm["n"] == 3 for arm in rates["arms"].values())
-    assert f"on average by {math.floor(1000 * min(leads)) / 10:.1f} points or more at each of the four rates tried, on three other seeds" in README
+    for page in (IN_README, IN_RESULTS):
+        assert f"by {100 * pair['top1']['mean']:.1f} points of top-1 on average and on every one of six seeds" in page
+        assert f"six seeds allow no p below {pair['top1']['sign_flip_p']:.3f}" in page
+        assert f"on average by {math.floor(1000 * min(leads)) / 10:.1f} points or more at each of the four rates tried, on three other seeds" in page
     for arm in ("imagenet16", "imagenet16_laplacian"):
         assert max((name for name in found if name.startswith(f"{arm}_learning")), key=found.get) == f"{arm}_learning_rate=1e-3"
 
@@ -112,13 +119,36 @@ def test_no_committed_result_names_a_path_of_the_machine_it_was_made_on():
             assert not re.search(r"/(tmp|work|root|home)/", path.read_text(encoding="utf-8")), path
 
 
-def test_every_file_it_links_or_runs_exists():
-    links = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^"]+)"', README)
-    scripts = re.findall(r"(?:config/|data/\w+/|python )([\w/]+\.py)", README)
-    assert len(links) > 15 and len(scripts) > 10
-    missing = [link for link in links if not (ROOT / link).exists()]
-    missing += [name for name in re.findall(r"(?:config|data)/[\w/]+\.py", README) if not (ROOT / name).is_file()]
+def test_the_readme_stays_a_first_page():
+    """Details belong in docs/."""
+    assert len((ROOT / "README.md").read_bytes()) < 16_000
+
+
+def anchors(page: str) -> set[str]:
+    """The names that a page's headings have in links."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page, flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_file_it_links_or_runs_exists(name):
+    """Links and pictures from the page's own directory, files of commands from the root."""
+    page, here = PAGES[name], (ROOT / name).parent
+    links = re.findall(r"\]\(([^)]+)\)", page) + re.findall(r'src="([^"]+)"', page)
+    missing = []
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = here / file if file else ROOT / name
+        if not link.startswith("https://") and not (target.exists() and (not anchor or anchor in anchors(target.read_text(encoding="utf-8")))):
+            missing.append(link)
+    scripts = re.findall(r"(?<![\w/])(?:(?:config|data|studies|tests)/[\w/]+\.py|(?<=python )\w+\.py)", page)
+    missing += [script for script in scripts if not (ROOT / script).is_file()]
     assert missing == []
+    assert name != "README.md" or (len(links) > 15 and len(scripts) > 10)
+
+
+def test_every_page_is_linked_from_the_first():
+    assert all(f"]({name})" in README or f"]({name}#" in README for name in PAGES if name != "README.md")
 
 
 def test_the_table_of_pictures_as_tokens_is_the_committed_report():
@@ -128,13 +158,20 @@ def test_the_table_of_pictures_as_tokens_is_the_committed_report():
     for name, entry in report["summary"].items():
         cells = [entry[key] for key in ("knn_2", "knn", "silhouette", "within_between")]
         cells = ["{:.3f} ({:.3f} to {:.3f})".format(cell["mean"], *cell["interval"]).replace("-", "−") for cell in cells]
-        assert f"| {labels.get(name, f'{name} of the pictures')} | {' | '.join(cells)} |" in README
+        assert f"| {labels.get(name, f'{name} of the pictures')} | {' | '.join(cells)} |\n" in THEORY
+    before, a, laplacian = (report["summary"][key] for key in ("before", "A, after", "A − I, after"))
+    two = [f"{entry['knn_2']['mean']:.3f}" for entry in (before, laplacian, a)]
+    ends = [f"{entry['knn']['mean']:.3f}" for entry in (before, laplacian)]
+    for page in (IN_README, IN_THEORY):
+        assert "from {} to {} with A − I and to {} with A".format(*two) in page
+    assert "in all dimensions it falls from {} to {} with A − I".format(*ends) in IN_README
+    assert "in all dimensions the neighbours get worse, {} to {},".format(*ends) in IN_THEORY
     labels = {"A": "A", "A-I": "A − I", "-(A-I)": "−(A − I)", "gradient": "plain gradient of F"}
     for kind, runs in report["climb"].items():
         steps = [row for run in runs for row in run if "gain" in row]
         counts = [f"{sum(row[key] > 0 for row in steps)} of {len(steps)}" for key in ("gain_data", "gain")]
         ends = [f"{sum(run[end]['dirichlet'] for run in runs) / len(runs):.3f}" for end in (0, -1)]
-        assert f"| {labels[kind]} | {' | '.join(counts)} | {' → '.join(ends)} |" in README
+        assert f"| {labels[kind]} | {' | '.join(counts)} | {' → '.join(ends)} |\n" in THEORY
 
 
 def test_the_sentence_about_ten_thousand_pictures_is_the_committed_report():
@@ -143,7 +180,7 @@ def test_the_sentence_about_ten_thousand_pictures_is_the_committed_report():
     before, a, laplacian = (report["summary"][key] for key in ("before", "A, after", "A − I, after"))
     two, all_dims = ([f"{entry[key]['mean']:.3f}" for entry in (before, laplacian, a)] for key in ("knn_2", "knn"))
     sentence = "from {} to {} with A − I and to {} with A, all dimensions from {} to {} and {}."
-    assert sentence.format(*two, *all_dims) in README
+    assert sentence.format(*two, *all_dims) in IN_THEORY
 
 
 def test_the_numbers_of_the_initial_weights_are_the_committed_report():
@@ -152,13 +189,14 @@ def test_the_numbers_of_the_initial_weights_are_the_committed_report():
     for name in ("quick", "quick_laplacian"):
         plain, unrolled = best[name], best[f"{name}_weight_init=unrolled"]
         difference = stats.ttest_1samp([b - a for a, b in zip(plain, unrolled, strict=True)], 0).confidence_interval(0.95)
-        assert f"{sum(unrolled) / 3:.4f} against {sum(plain) / 3:.4f}" in README
-        for value in ((sum(unrolled) - sum(plain)) / 3, *difference):
-            assert f"{value:.3f}".replace("-", "−") in README
+        assert f"{sum(unrolled) / 3:.4f} against {sum(plain) / 3:.4f}" in IN_THEORY
+        values = [f"{value:.3f}".replace("-", "−") for value in ((sum(unrolled) - sum(plain)) / 3, *difference)]
+        middle = "95 % interval " if name == "quick" else ""
+        assert "({}, {}{} to {})".format(values[0], middle, *values[1:]) in IN_THEORY
 
 
 def test_the_speed_table_is_the_committed_benchmarks():
-    row = next(line for line in README.splitlines() if line.startswith("| a step of `quick`"))
+    row = next(line for line in SPEED.splitlines() if line.startswith("| a step of `quick`"))
     found = {}
     for file in ("cpu_quick", "cpu_sample_shakespeare_char", "cpu_sample_gpt2", "cpu_startup"):
         rows = json.loads((ROOT / "results" / "bench" / f"{file}.json").read_text())["rows"]
@@ -166,9 +204,9 @@ def test_the_speed_table_is_the_committed_benchmarks():
     quick, text, gpt2, start = found.values()
     more = f"A in bf16 {quick['A-bf16']}, with the log-barrier {quick['A+prior']}"
     assert row == f"| a step of `quick`, float32 | {quick['plain']} | {quick['A']} | {quick['A-I']} | {more} |"
-    assert f"| a character from the 10.65 M model | {text['A, no cache']} | {text['A']} | {text['A-I']} | |" in README
-    assert f"| a token from GPT-2 124M | {gpt2['A, no cache']} | {gpt2['A']} | | transformers with its cache {gpt2['A, transformers']} |" in README
-    assert f"to its first iteration | | {start['first iteration']} | | `--help` {start['--help']} |" in README
+    assert f"| a character from the 10.65 M model | {text['A, no cache']} | {text['A']} | {text['A-I']} | |\n" in SPEED
+    assert f"| a token from GPT-2 124M | {gpt2['A, no cache']} | {gpt2['A']} | | transformers with its cache {gpt2['A, transformers']} |\n" in SPEED
+    assert f"to its first iteration | | {start['first iteration']} | | `--help` {start['--help']} |\n" in SPEED
 
 
 def test_the_speed_of_gpus_is_the_committed_benchmarks():
@@ -183,27 +221,30 @@ def test_the_speed_of_gpus_is_the_committed_benchmarks():
 
     small, gpt2, barrier, pictures = (rows(f"h200_{name}") for name in ("train_shakespeare_char", "train_gpt2", "prior_gpt2", "train_imagenet16"))
     cells = " | ".join(ms(small[arm], 2) for arm in ("plain", "A", "A-I"))
-    assert f"| a step of `shakespeare_char` (64 × 256 characters) | {cells} | |" in README
+    assert f"| a step of `shakespeare_char` (64 × 256 characters) | {cells} | |\n" in SPEED
+    assert f"| a step of `shakespeare_char` (64 × 256 characters) | {cells} |\n" in README
     embedding, own = rows("h200_prior_shakespeare_char"), rows("h200_own_shakespeare_char")
     pairs = [f"{ms(some[arm], 2)} against {ms(some['A'], 2)}" for some, arm in ((embedding, "A+prior"), (own, "A+own"))]
-    assert "| the same with the log-barrier, earlier kernels | | | | on the embeddings {}, on the model's own heads {} |".format(*pairs) in README
+    assert "| the same with the log-barrier, earlier kernels | | | | on the embeddings {}, on the model's own heads {} |\n".format(*pairs) in SPEED
     plain, a, laplacian = (gpt2[arm] for arm in ("plain", "A", "A-I"))
     rates = f"{rate(plain)}, {rate(a)} and {rate(laplacian)} thousand tokens/s"
     memory = "{:.1f}, {:.1f} and {:.1f} GiB".format(*(row["peak_gib"] for row in (plain, a, laplacian)))
-    assert f"| a step of GPT-2 124M (64 × 1024 tokens) | {ms(plain)} | {ms(a)} | {ms(laplacian)} | {rates}; {memory} |" in README
+    assert f"| a step of GPT-2 124M (64 × 1024 tokens) | {ms(plain)} | {ms(a)} | {ms(laplacian)} | {rates}; {memory} |\n" in SPEED
+    assert f"| a step of GPT-2 124M (64 × 1024 tokens) | {ms(plain)} | {ms(a)} | {ms(laplacian)} |\n" in README
     more = f"on the embeddings {ms(barrier['A+prior'])}, on the model's own heads {ms(barrier['A+own'])}"
-    assert f"| the same with the log-barrier, earlier kernels | | {ms(barrier['A'])} | | {more} |" in README
+    assert f"| the same with the log-barrier, earlier kernels | | {ms(barrier['A'])} | | {more} |\n" in SPEED
     products = "matrix products alone {matrix products:.2f}, attention {attention:.2f}".format_map(pictures["A"]["kernels_ms"])
-    assert f"| a step of `imagenet16` (512 pictures) | | {ms(pictures['A'], 2)} | {ms(pictures['A-I'], 2)} | {products} |" in README
+    assert f"| a step of `imagenet16` (512 pictures) | | {ms(pictures['A'], 2)} | {ms(pictures['A-I'], 2)} | {products} |\n" in SPEED
     text = rows("h200_sample_gpt2")
     cells = " | ".join(ms(text[arm], 2) for arm in ("A, no cache", "A", "A-I"))
     rates = f"{text['A']['tokens_per_s']:,.0f} and {text['A-I']['tokens_per_s']:,.0f} tokens/s"
-    assert f"| a token from GPT-2 124M, one sequence, 500 after 100 | {cells} | {rates} |" in README
+    assert f"| a token from GPT-2 124M, one sequence, 500 after 100 | {cells} | {rates} |\n" in SPEED
+    assert f"| a token from GPT-2 124M, one sequence, 500 after 100 | {cells} |\n" in README
     together = rows("h200_ddp2_gpt2")
     for arm, label in (("A", "A"), ("A-I", "A − I")):
         one, two = together[f"{arm}, alone"], together[f"{arm}, 2 processes"]
         cells = f"{ms(one)}, {ms(two)} | {rate(one)}, {rate(two)} | {two['ratio']['median']:.3f}"
-        assert f"| {label}: one alone, two together | {cells} |" in README
+        assert f"| {label}: one alone, two together | {cells} |\n" in SPEED
 
 
 @pytest.mark.parametrize("text", ["wikitext2", "shakespeare"])
@@ -211,8 +252,8 @@ def test_the_table_of_the_barrier_is_the_committed_report(text, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "studies"))
     printed = runpy.run_path(str(ROOT / "studies" / "map_table.py"))["table"](report_of(f"map_{text}_char"))
     rows = [" | ".join(cell.strip() for cell in line.strip("| ").split("|")) for line in printed.splitlines()[2:] if line.startswith("|")]
-    assert len(rows) == 8 and all(f"| {row} |\n" in README for row in rows)
-    assert sum(line.startswith(("| barrier: ", "| control: ")) for line in README.splitlines()) == 16
+    assert len(rows) == 8 and all(f"| {row} |\n" in BARRIER for row in rows)
+    assert sum(line.startswith(("| barrier: ", "| control: ")) for line in BARRIER.splitlines()) == 16
 
 
 def test_the_words_about_the_barrier_are_the_committed_reports():
@@ -223,8 +264,8 @@ def test_the_words_about_the_barrier_are_the_committed_reports():
     barriers = [name for name, config in configs.items() if config["prior_lambda"]]
     assert len(barriers) == 16 and len(configs) - len(barriers) == 1 + 6
     paper = {config["prior_lambda"]: selection["pairs"][name] for name, config in configs.items() if name.count("barrier_prior_lambda")}
-    assert f"cost {1 - paper[0.05]['gains']['noise 1 RMS']['mean']:.1f} times as much with it at λ = 0.05" in README
-    assert f"the clean loss rose by {paper[0.5]['clean_percent']['mean']:.1f} % at 0.5" in README
+    assert f"cost {1 - paper[0.05]['gains']['noise 1 RMS']['mean']:.1f} times as much with it at λ = 0.05" in IN_BARRIER
+    assert f"the clean loss rose by {paper[0.5]['clean_percent']['mean']:.1f} % at 0.5" in IN_BARRIER
 
     def arm(text, words):
         (name,) = (name for name in texts[text]["pairs"] if name.endswith(words))
@@ -235,7 +276,7 @@ def test_the_words_about_the_barrier_are_the_committed_reports():
         for name, entry in texts["wikitext2"]["arms"].items()
     }
     own = "own_prior_form=softplus_prior_lambda=0.02"
-    assert f"from a median of {median['wikitext2_char']:.1f} to {median[arm('wikitext2', own)[0]]:.1f} on WikiText-2" in README
+    assert f"from a median of {median['wikitext2_char']:.1f} to {median[arm('wikitext2', own)[0]]:.1f} on WikiText-2" in IN_BARRIER
     intervals = [
         (name, text, gain["mean"], gain["interval"])
         for text, report in texts.items()
@@ -246,7 +287,7 @@ def test_the_words_about_the_barrier_are_the_committed_reports():
     above = [(name, mean) for name, _, mean, (low, _) in intervals if low > 0]
     below = sum(high < 0 for *_, (_, high) in intervals)
     assert not any(own in name for name, _ in above) and all(mean < 0.01 for _, mean in above)
-    assert f"{len(above)} of {len(intervals)} have an interval above 0 (neither reaches 1 %) and {below} one below, no more" in README
+    assert f"{len(above)} of {len(intervals)} have an interval above 0 (neither reaches 1 %) and {below} one below, no more" in IN_BARRIER
     endpoints = {
         text: [
             pair["gains"][e]["interval"]
@@ -259,27 +300,29 @@ def test_the_words_about_the_barrier_are_the_committed_reports():
     assert all(high < 0.15 for _, high in endpoints["shakespeare"][1::2])
     assert [sum(low < 0.15 < high for low, high in some) for some in (endpoints["shakespeare"][::2], endpoints["wikitext2"])] == [3, 6]
     stage = {name.removeprefix("shakespeare_char_"): pair for name, pair in selection["pairs"].items()}
-    assert f"does {1 - stage['embed_noise=1']['gains'][compare.FRONTIER[1]]['mean']:.1f} times the damage (stage 1, two seeds, undecided)" in README
+    assert (
+        f"does {1 - stage['embed_noise=1']['gains'][compare.FRONTIER[1]]['mean']:.1f} times the damage (stage 1, two seeds, undecided)" in IN_BARRIER
+    )
     dropout = stage["dropout=0.3"]
     gains = [100 * dropout["gains"][e]["mean"] for e in compare.FRONTIER]
-    assert "(+{:.0f} % and +{:.0f} % at +{:.1f} % clean loss)".format(*gains, dropout["clean_percent"]["mean"]) in README
+    assert "(+{:.0f} % and +{:.0f} % at +{:.1f} % clean loss)".format(*gains, dropout["clean_percent"]["mean"]) in IN_BARRIER
     detached = report_of("map_detach")
     again = [report["arms"]["shakespeare_char"]["cells"][1] for report in (texts["shakespeare"], detached)]
     assert [cell["seed"] for cell in again] == [2, 2] and texts["shakespeare"]["provenance"]["code_sha256"] == detached["provenance"]["code_sha256"]
-    assert "{} and {} for one seed".format(*sorted(f"{cell['best_val_loss']:.4f}" for cell in again)) in README
+    assert "{} and {} for one seed".format(*sorted(f"{cell['best_val_loss']:.4f}" for cell in again)) in IN_BARRIER
     (cut,) = detached["pairs"].values()
     gain = cut["gains"]["noise 1 RMS"]
     assert (
         "GPU: {:+.1f} % ({:+.1f} to {:+.1f}) on noise of 1 RMS".format(*(100 * x for x in (gain["mean"], *gain["interval"]))).replace("-", "−")
-        in README
+        in IN_BARRIER
     )
     assert {len(pair["gains"]) for report in texts.values() for pair in report["pairs"].values()} == {25}
     noise = arm("shakespeare", "char_embed_noise=0.5")[1]["substitution 10%"]["mean"]
     smooth = [arm(text, "label_smoothing=0.05")[1]["substitution 10%"]["mean"] for text in texts]
-    assert f"on Shakespeare {-100 * noise:.0f} % more damage from 10 % substituted" in README
+    assert f"on Shakespeare {-100 * noise:.0f} % more damage from 10 % substituted" in IN_BARRIER
     assert (
-        "takes {:.0f} % off the damage of\nsubstitutions on Shakespeare and {:.0f} % on WikiText-2".format(*(100 * value for value in smooth))
-        in README
+        "takes {:.0f} % off the damage of substitutions on Shakespeare and {:.0f} % on WikiText-2".format(*(100 * value for value in smooth))
+        in IN_BARRIER
     )
     costs = []
     for text in texts:
@@ -287,8 +330,8 @@ def test_the_words_about_the_barrier_are_the_committed_reports():
         pair = compare.robustness(list(zip(*(texts[text]["arms"][name]["cells"] for name in names))))
         assert all(low < 0 < high for low, high in (pair["gains"][e]["interval"] for e in compare.FRONTIER))
         costs += [pair["clean_percent"]["mean"], *pair["clean_percent"]["interval"]]
-    words = "costs {:.2f} % ({:.2f} to {:.2f}) of the clean loss on Shakespeare and {:.2f} % ({:.2f} to {:.2f}) on\nWikiText-2"
-    assert words.format(*costs).replace("-", "−").replace("WikiText−2", "WikiText-2") in README
+    words = "costs {:.2f} % ({:.2f} to {:.2f}) of the clean loss on Shakespeare and {:.2f} % ({:.2f} to {:.2f}) on WikiText-2"
+    assert words.format(*costs).replace("-", "−").replace("WikiText−2", "WikiText-2") in IN_BARRIER
 
 
 def test_the_table_of_heads_is_the_committed_report():
@@ -300,7 +343,7 @@ def test_the_table_of_heads_is_the_committed_report():
         if name in report["pairs"]:
             entry = report["pairs"][name]["best"]
             row += " {} ({} to {}) |".format(*(words(value, "+") for value in (entry["mean"], *entry["interval"])))
-        assert f"{row}\n" in README or f"{row} |\n" in README
+        assert f"{row}\n" in RESULTS or f"{row} |\n" in RESULTS
 
 
 def test_the_words_about_heads_at_tuned_rates_are_the_committed_reports():
@@ -320,10 +363,10 @@ def test_the_words_about_heads_at_tuned_rates_are_the_committed_reports():
         entry = pair["best"]
         said[name] = "{} ({} to {})".format(*(words(value, "+") for value in (entry["mean"], *entry["interval"])))
     line = f"against A, {said[early]} in the first half of the layers, {said[late]} in the last half, "
-    line += f"{said[half]} for half of the heads\nof every layer, {said[whole]} for all"
-    assert line in README
-    assert f"the early layers, by {report['pairs'][early]['best']['mean']:.3f} at tuned rates; in late layers alone" in README
-    assert f"nor helps that can be seen ({said[late]})" in README
+    line += f"{said[half]} for half of the heads of every layer, {said[whole]} for all"
+    assert line in IN_RESULTS
+    assert f"the early layers, by {report['pairs'][early]['best']['mean']:.3f} at tuned rates; in late layers alone" in IN_RESULTS
+    assert f"nor helps that can be seen ({said[late]})" in IN_RESULTS
     low, high = report["pairs"][late]["best"]["interval"]
     assert low < 0 < high and all(report["pairs"][name]["best"]["interval"][0] > 0 for name in (whole, early, half))
 
@@ -336,17 +379,17 @@ def test_the_words_about_heads_and_alpha_are_the_committed_reports():
             cells[config["diffusion_alpha"], config["diffusion_lambda"], config["learning_rate"]] = report["arms"][name]["best_val_loss"]["mean"]
         assert not report["arms"][name]["diverged"]
     line = ", ".join(f"{cells[alpha, 1.0, 1e-3]:.3f} ({alpha:g})" for alpha in (0.0, 0.25, 0.5, 0.75, 1.0))
-    assert f"by α the loss is {line} and {cells[1.25, 1.0, 1e-3]:.3f} (1.25)" in README
-    assert f"A − I falls from {cells[1.0, 1.0, 5e-4]:.3f} to {cells[1.0, 1.0, 4e-3]:.3f}" in README
+    assert f"by α the loss is {line} and {cells[1.25, 1.0, 1e-3]:.3f} (1.25)" in IN_RESULTS
+    assert f"A − I falls from {cells[1.0, 1.0, 5e-4]:.3f} to {cells[1.0, 1.0, 4e-3]:.3f}" in IN_RESULTS
     probes = [json.loads((ROOT / "results" / "heads_quick_learned" / f"seed-{seed}.json").read_text())["probe"] for seed in (1, 2, 3)]
     means = [sum(probe[f"layer {layer} head {head} alpha"] for probe in probes for head in range(4)) / 12 for layer in range(4)]
-    assert "0.5 to\n{:.2f} in the first layer, {:.2f}, {:.2f} and {:.2f} in the last".format(*means) in README
+    assert "0.5 to {:.2f} in the first layer, {:.2f}, {:.2f} and {:.2f} in the last".format(*means) in IN_RESULTS
     report = report_of("pretrained_quick")
     arms = {config["diffusion_alpha"]: name for name, config in report["provenance"]["configs"].items()}
     start = {alpha: sum(cell["curve"][0][1] for cell in report["arms"][arms[alpha]]["cells"]) / 5 for alpha in (0, 0.1, 1)}
-    assert f"from {start[0]:.3f} to {start[0.1]:.3f} at α = 0.1 and {start[1]:.3f} at 1" in README
+    assert f"from {start[0]:.3f} to {start[0.1]:.3f} at α = 0.1 and {start[1]:.3f} at 1" in IN_RESULTS
     entry = report["pairs"][arms[1]]["last"]
-    assert "fine-tuning leave {:+.3f} ({:+.3f} to {:+.3f})".format(entry["mean"], *entry["interval"]) in README
+    assert "fine-tuning leave {:+.3f} ({:+.3f} to {:+.3f})".format(entry["mean"], *entry["interval"]) in IN_RESULTS
 
 
 def test_the_words_about_tuned_rates_are_the_committed_reports():
@@ -366,8 +409,8 @@ def test_the_words_about_tuned_rates_are_the_committed_reports():
         found.append(f"{words(arm['best_val_loss']['mean'])} ± {words(arm['best_val_loss']['sd'])}")
     differences = [[words(x, "+") for x in (pair["best"]["mean"], *pair["best"]["interval"])] for pair in report["pairs"].values()]
     part, whole = ("{} ({} to {})".format(*some) for some in differences)
-    assert f"eight seeds: A {found[0]},\nA − 0.25 I {found[1]}, by {part} undecided, A − I {found[2]}, by {whole} worse" in README
-    assert f"is at {dict(map(reversed, chosen[1.0]))[8e-3]:.3f} with 8e-3" in README
+    assert f"eight seeds: A {found[0]}, A − 0.25 I {found[1]}, by {part} undecided, A − I {found[2]}, by {whole} worse" in IN_RESULTS
+    assert f"is at {dict(map(reversed, chosen[1.0]))[8e-3]:.3f} with 8e-3" in IN_RESULTS
     low, high = report["pairs"][list(report["arms"])[1]]["best"]["interval"]
     assert low < 0 < high and report["pairs"][list(report["arms"])[2]]["best"]["interval"][0] > 0
 
@@ -375,4 +418,4 @@ def test_the_words_about_tuned_rates_are_the_committed_reports():
 def test_the_support_tokens_it_names_are_the_committed_ones():
     support = json.loads((ROOT / "results" / "margins_quick" / "report.json").read_text())["margins"]["support tokens"]
     names = [token for token in support if re.search(r"\n\n[A-Z]?$", token["before"]) and token["token"].isupper()]
-    assert f"of the twenty lowest in 256 windows {len(names)} are the first or second letter" in README and len(support) == 20
+    assert f"of the twenty lowest in 256 windows {len(names)} are the first or second letter" in IN_BARRIER and len(support) == 20
