@@ -1,7 +1,7 @@
 """The first table and figure of README.md, from the committed reports: python studies/front_page.py
 
-Prints the rows of the table, the commands of the reports, and writes results/front_page.png: the difference between A - I and A, for every seed,
-with its mean and 95 % t interval, one panel for each endpoint.
+Prints the rows of the table for README.md, the commands of the reports for docs/results.md, and writes results/front_page.png: the difference
+between A - I and A, for every seed, with its mean and 95 % t interval, one panel for each endpoint.
 """
 
 from pathlib import Path
