@@ -296,6 +296,7 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
                 words = f"best {result['best_val_loss']:.4f} at step {result['best_step']}, last {result['val_loss']:.4f}, {result['seconds']:.1f} s"
             except Diverged as error:
                 result, words = {"diverged_at": error.step}, f"DIVERGED: {error}"
+            late = result.pop("signal", None)  # in the run's last step or evaluation: it is finished, and the next one is not begun
             result |= {"arm": name, "seed": cell[1], "mode": program.mode}
             write_file(path[cell], (json.dumps({"fingerprint": expected[cell], "result": result}, indent=1) + "\n").encode())
             (directory / BEGUN).unlink(missing_ok=True)
@@ -305,6 +306,8 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
             finished += 1
             left = timedelta(seconds=round((time.perf_counter() - began) / finished * (len(mine) - finished)))
             say(f"[{finished}/{len(mine)}] {name}, seed {cell[1]}: {words}" + (f"; left about {left}" if finished < len(mine) else ""))
+            if late:
+                raise Interrupted(late, "after a finished run")
         say(f"{name}: {program.mode}, {setup:.1f} s to build")
         del program
         gc.collect()

@@ -324,7 +324,8 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
 
     Without `save` there is a checkpoint only when a signal or an error of a file ends the run early. Returns step, best_val_loss, best_step, the last
     evaluation (val_loss; for pictures top1, top5), curve [[step, *evaluation], ...], resumed_at (the step; None for a whole run), and since then
-    seconds (all of it), ms (per iteration, without evaluation) and tokens_per_s. Raises Diverged, Interrupted, InputError.
+    seconds (all of it), ms (per iteration, without evaluation) and tokens_per_s; signal is the number of one that came too late to stop this run, or
+    None. Raises Diverged, Interrupted, InputError.
     """
     config, place, model = program.config, program.place, program.model
     main = place.rank == 0
@@ -464,7 +465,8 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
         if metrics:
             metrics.close()
     speed = {"ms": train_seconds / done * 1e3, "tokens_per_s": done * program.tokens / train_seconds} if done else {"ms": None, "tokens_per_s": None}
-    return {"step": step, **progress, **scores, "curve": curve, "resumed_at": resumed.get("step"), "seconds": time.perf_counter() - began, **speed}
+    how = {"resumed_at": resumed.get("step"), "signal": next(iter(signals.caught), None), "seconds": time.perf_counter() - began}
+    return {"step": step, **progress, **scores, "curve": curve, **how, **speed}
 
 
 def main(config: TrainConfig) -> int:

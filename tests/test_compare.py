@@ -456,6 +456,23 @@ def test_an_interrupted_cell_goes_on_only_from_a_whole_checkpoint_of_the_same_ru
     assert [point[0] for point in report["arms"]["base"]["cells"][0]["curve"]] == [0, 4, 8, 12]
 
 
+def test_a_signal_in_the_last_step_of_a_cell_ends_the_comparison_behind_it(arms, tmp_path, monkeypatch, undisturbed):
+    rate, sent = train.learning_rate, []
+
+    def stop_at_the_end(config, i):
+        if i + 1 == config.max_iters and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return rate(config, i)
+
+    monkeypatch.setattr(train, "learning_rate", stop_at_the_end)
+    with pytest.raises(train.Interrupted):
+        run(tmp_path, *arms, seeds=1)
+    assert list(cells_in(tmp_path)) == ["cells/base/seed-1/result.json"] and not (tmp_path / "cells" / "laplacian").exists()
+    report = run(tmp_path, *arms, seeds=1)
+    assert losses(report) == {(name, 1): losses(undisturbed[1])[name, 1] for name in ("base", "laplacian")}
+    assert all("signal" not in cell and cell["resumed_at"] is None for arm in report["arms"].values() for cell in arm["cells"])
+
+
 def test_more_seeds_and_a_third_arm_extend_a_comparison(undisturbed, arms, tmp_path, capsys):
     shutil.copytree(undisturbed[0], tmp_path / "out")
     before = cells_in(tmp_path / "out")
