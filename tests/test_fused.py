@@ -103,6 +103,20 @@ def test_attention_and_its_gradients_are_those_of_the_stored_matrix(arm, causal)
         close(ours, theirs, 1e-5, 1e-5 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("n_embd", [24, 48])  # heads of 8 channels by the framework's kernel, of 16 by fused_attention
+def test_no_token_sees_the_future(arm, n_embd):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=80, vocab_size=31, n_layer=2, n_head=3, n_embd=n_embd, **arm)).to(DEVICE).eval()
+    fused.accelerate(model, torch.float32)
+    idx = torch.randint(31, (2, 80), device=DEVICE)
+    other = torch.cat((idx[:, :50], (idx[:, 50:] + 1) % 31), dim=1)
+    with torch.no_grad():
+        before, after = model.body(model.embed(idx)), model.body(model.embed(other))
+    assert torch.equal(before[:, :50], after[:, :50])
+    assert (before[:, 50:] - after[:, 50:]).abs().amax(dim=2).min() > 1e-3, "and every later one sees what changed"
+
+
 @pytest.mark.parametrize(("rows", "vocabulary", "chunk"), [(7, 11, 100), (33, 8209, 8), (16, 64, 16), (9, 16403, 9), (6, 16384, 6), (7, 1000, 7)])
 @pytest.mark.parametrize("ignored", [0, 5])
 def test_output_layer_and_cross_entropy(monkeypatch, rows, vocabulary, chunk, ignored):

@@ -38,14 +38,14 @@ def test_the_first_table_is_the_committed_reports(front_page):
     found = front_page["entries"]()
     assert table == [front_page["row"](entry) for entry in found] and len(table) >= 5
     commands = RESULTS[RESULTS.index("## The commands") :].partition("```sh\n")[2].partition("```")[0].splitlines()
-    assert commands == [entry["command"] for entry in found]
+    assert commands == list(dict.fromkeys(entry["command"] for entry in found))
 
 
 def test_a_row_is_what_its_report_says(front_page):
     """The writer itself, against the cells: means, interval and verdict of each row."""
     for entry, (_, _, directory, names) in zip(front_page["entries"](), front_page["ROWS"], strict=True):
         report = report_of(directory)
-        key, factor, more = {"best": ("best_val_loss", 1, False), "top1": ("top1", 100, True)}[report["endpoint"]]
+        key, factor, more = {"best": ("best_val_loss", 1, False), "last": ("val_loss", 1, False), "top1": ("top1", 100, True)}[report["endpoint"]]
         a, b = ({cell["seed"]: factor * cell[key] for cell in report["arms"][name]["cells"]} for name in names)
         assert a.keys() == b.keys() and len(a) == entry["n"]
         test = stats.ttest_1samp([b[seed] - a[seed] for seed in a], 0)
@@ -111,6 +111,68 @@ def test_the_words_about_pictures_are_the_committed_reports():
         assert f"on average by {math.floor(1000 * min(leads)) / 10:.1f} points or more at each of the four rates tried, on three other seeds" in page
     for arm in ("imagenet16", "imagenet16_laplacian"):
         assert max((name for name in found if name.startswith(f"{arm}_learning")), key=found.get) == f"{arm}_learning_rate=1e-3"
+
+
+def test_the_words_about_gpt2_are_the_committed_reports():
+    sys.path.append(str(ROOT / "studies"))
+    from seeds_needed import SIZES, seeds
+
+    report, rates = report_of("gpt2"), report_of("gpt2_rates")
+    steps, branches = (json.loads((ROOT / "results" / "gpt2" / f"{name}.json").read_text()) for name in ("steps", "branches"))
+    a, everywhere, half = report["arms"]
+    assert (a, half) == ("gpt2_100m_learning_rate=6e-4", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=1.2e-3")
+    means = [words(arm["val_loss"]["mean"]) for arm in report["arms"].values()]
+    pairs = [report["pairs"][name]["last"] for name in (everywhere, half)]
+    ends = ["{} ({} to {})".format(*(words(x, "+") for x in (pair["mean"], *pair["interval"]))) for pair in pairs]
+    sentence = "A {}, A − I {}, by {} undecided, half of the heads {}, by {} better, on every seed by {:.3f} or more"
+    least = math.floor(-1000 * max(pairs[1]["differences"])) / 1000
+    assert sentence.format(means[0], means[1], ends[0], means[2], ends[1], least) in IN_RESULTS
+    assert f"lower by {-pairs[1]['mean']:.3f} after 100 M tokens" in IN_README and f"a part of the {-pairs[1]['mean']:.3f}" in IN_README
+    assert f"Three seeds allow no p below {pairs[1]['sign_flip_p']:g}," in IN_README and [pair["n"] for pair in pairs] == [3, 3]
+
+    def ratio(entry):
+        return "{:.2f} ({:.2f} to {:.2f})".format(entry["mean"], *entry["interval"])
+
+    assert f"A's last loss in {ratio(steps[half])} times fewer steps" in IN_README
+    assert f"{ratio(steps[half])} times fewer ([table]" in IN_RESULTS and f"A − I in all heads: {ratio(steps[everywhere])}." in IN_RESULTS
+    assert "A's last loss after {:,.0f} steps on average instead of {:,.0f}:".format(
+        *(sum(steps[half][key]) / 3 for key in ("arm_steps", "baseline_steps"))
+    ) in IN_RESULTS
+    others = [json.loads((ROOT / "results" / name / "steps.json").read_text()) for name in ("imagenet16", "shakespeare_char_own_rate")]
+    others.append(json.loads((ROOT / "results" / "shakespeare_char_tuned" / "steps.json").read_text()))
+    sentence = "On ImageNet the ratio is {} for A − I, on Shakespeare {} at the same rate and {} at tuned ones."
+    assert sentence.format(*(ratio(*found.values()) for found in others)) in IN_RESULTS
+
+    losses = {name: arm["val_loss"]["mean"] for name, arm in rates["arms"].items()}
+    by_rate = [[losses[f"{arm.rpartition('=')[0]}={rate}"] for rate in ("6e-4", "1.2e-3", "2.4e-3")] for arm in (a, everywhere, half)]
+    sentence = "A {}, {} and {} (and {} at 3e-4), A − I {}, {} and {}, half of the heads {}, {} and {}."
+    flat = [words(x) for x in (*by_rate[0], losses["gpt2_100m_learning_rate=3e-4"], *by_rate[1], *by_rate[2])]
+    assert sentence.format(*flat) in IN_RESULTS and len(losses) == 10 and [arm["n"] for arm in rates["arms"].values()] == [1] * 10
+    assert all(mixed < plain for plain, mixed in zip(by_rate[0], by_rate[2])) and f"at 6e-4 by {by_rate[0][0] - by_rate[2][0]:.4f}" in IN_RESULTS
+    assert f"where A was worse at 1.2e-3 than at 6e-4, by {by_rate[0][1] - by_rate[0][0]:.3f};" in IN_README
+
+    last = {name: {what: entry["mean"] for what, entry in found["last"].items() if what != "step"} for name, found in branches.items()}
+    first = {name: {what: entry["mean"] for what, entry in found["first"].items() if what != "step"} for name, found in branches.items()}
+    plain = {f"{last[name]['diagonal, plain heads']:.2f}" for name in (a, half)}
+    own = [f"{last[name]['diagonal, diffusing heads']:.2f}" for name in (everywhere, half)]
+    assert plain == {"0.07"} and f"plain heads have {plain.pop()} of their weight on their own token" in IN_RESULTS
+    assert "Heads with A − I have {} of it there when all are such, and {} in the mixture.".format(*own) in IN_RESULTS
+    assert f"a head with A − I puts {own[1]} of its weight on its own token" in IN_README
+    loud = [f"{first[name]['attention, first layer']:.2f}" for name in (everywhere, half, a)]
+    assert "it adds {} times the tokens' RMS (half of the heads {}, A {})".format(*loud) in IN_RESULTS
+    loud = [last[name]["attention, first layer"] for name in (everywhere, half, a)]
+    quiet = [f"{last[name]['attention, others']:.2f}" for name in (everywhere, half, a)]
+    assert "at the end {:.0f} times ({:.0f}, {:.2f})".format(*loud) in IN_RESULTS and "{} times ({}, {}).".format(*quiet) in IN_RESULTS
+
+    counts = [[seeds(size, pair["sd"]) for size in SIZES[:3]] for pair in pairs]
+    sentence = "for A − I, two arms that differ by 0.02 need {2} paired seeds for a power of 80 %, by 0.01 {1} and by 0.005 {0};"
+    assert sentence.format(*counts[0]) in IN_RESULTS and SIZES[:3] == (0.005, 0.01, 0.02)
+    assert "it is {2}, {1} and {0} (`".format(*counts[1]) in IN_RESULTS
+    assert f"these differences, {pairs[0]['sd']:.4f} for A − I" in IN_RESULTS and f"that of the mixture, {pairs[1]['sd']:.4f}," in IN_RESULTS
+    mfu = 65536 / report["arms"][a]["ms"]["mean"] * 1e3 * 0.854770176e9 / 989e12  # 6 N + 12 L C T of 124M, by an H100's peak
+    hours = 118e6 * 8.470474752e9 / (mfu * 989e12) / 3600  # and of 1.3B
+    assert f"takes {hours:.2f} hours of an H100 at the MFU of these runs ({100 * mfu:.0f} %," in IN_RESULTS
+    assert f"nine pairs and one pass are {18 * hours:.0f} GPU-hours, 28 pairs {56 * hours:.0f}." in IN_RESULTS and counts[0][1:] == [28, 9]
 
 
 def test_no_committed_result_names_a_path_of_the_machine_it_was_made_on():

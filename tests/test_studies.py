@@ -23,8 +23,8 @@ def load(name):
     return module
 
 
-NAMES = ("lambda_map", "alpha_curve", "map_select", "map_table", "tuned", "front_page")
-lambda_map, alpha_curve, map_select, map_table, tuned, front_page = map(load, NAMES)
+NAMES = ("lambda_map", "alpha_curve", "map_select", "map_table", "tuned", "front_page", "steps_to_reach", "branches", "seeds_needed")
+lambda_map, alpha_curve, map_select, map_table, tuned, front_page, steps_to_reach, branches, seeds_needed = map(load, NAMES)
 
 
 def report_of(cells) -> dict:
@@ -301,3 +301,82 @@ def test_the_first_page_refuses_what_is_not_its_report(tmp_path, monkeypatch):
             front_page.entries()
     with pytest.raises(InputError, match="takes no arguments, not ''"):
         front_page.main([""])
+
+
+def curves_report(arms: dict[str, dict[int, list]]) -> dict:
+    """{arm: {seed: curve}}; an empty curve is a run that diverged."""
+    cells = {name: [{"seed": s, "curve": c} if c else {"seed": s, "diverged_at": 3} for s, c in some.items()] for name, some in arms.items()}
+    return {"arms": {name: {"cells": some} for name, some in cells.items()}}
+
+
+def test_steps_to_a_common_loss(tmp_path, capsys):
+    baseline = {1: [[0, 5.0], [100, 3.0], [200, 2.0]], 2: [[0, 5.0], [100, 3.0], [200, 2.0]], 3: [[0, 5.0], [200, 2.0]]}
+    faster = {1: [[0, 5.0], [100, 1.0], [200, 0.5]], 2: [[0, 5.0], [100, 2.0], [200, 1.5]], 3: []}  # reaches 2.0 at 75 and at 100
+    slower = {1: [[0, 5.0], [200, 3.5]], 2: [[0, 5.0], [100, 3.5], [200, 4.0]]}  # its best, 3.5, is what the baseline has at 75
+    report = curves_report({"a": baseline, "b": faster, "c": slower})
+    found = steps_to_reach.ratios(report)
+    assert found["b"]["targets"] == [2.0, 2.0] and found["b"]["arm_steps"] == [75.0, 100.0] and found["b"]["baseline_steps"] == [200.0, 200.0]
+    assert found["b"]["ratios"] == pytest.approx([200 / 75, 2.0]) and found["b"]["mean"] == pytest.approx((200 / 75 * 2) ** 0.5)
+    half = 12.706204736 * abs(math.log(200 / 75) - math.log(2)) / 2  # t(0.975, 1) times the standard error of the logarithms
+    assert found["b"]["interval"] == pytest.approx([found["b"]["mean"] * math.exp(sign * half) for sign in (-1, 1)], rel=1e-6)
+    assert found["c"]["baseline_steps"] == [75.0, 75.0] and found["c"]["arm_steps"] == [200.0, 100.0]
+    assert found["c"]["ratios"] == [0.375, 0.75], "the first time counts, and a slower arm is below 1"
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    steps_to_reach.main([str(tmp_path)])
+    assert json.loads((tmp_path / "steps.json").read_text()) == json.loads(json.dumps(found))
+    assert (tmp_path / "steps.md").read_text() == capsys.readouterr().out and "| 200, 100 " in (tmp_path / "steps.md").read_text()
+    for damaged in ({}, [], {"arms": {}}, {"arms": {"a": {"cells": [{"seed": 1, "curve": [["x"]]}]}, "b": {"cells": [{"seed": 1, "curve": [[0]]}]}}}):
+        with pytest.raises(InputError, match="is not one of compare.py"):
+            steps_to_reach.ratios(damaged)
+
+
+def test_power_is_the_noncentral_t_distributions_and_the_count_the_least():
+    from scipy import stats
+
+    for size, sd, n in ((0.01, 0.01, 5), (0.005, 0.018, 106), (0.3, 1.0, 40), (0.0, 1.0, 7)):
+        edge, shift = stats.t.ppf(0.975, n - 1), size / sd * n**0.5
+        exact = stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift)
+        assert seeds_needed.power(size, sd, n) == pytest.approx(exact, abs=1e-6)
+    assert seeds_needed.power(1.0, 0.01, 3) == pytest.approx(1.0, abs=1e-6), "far out, where scipy's distribution gives nothing"
+    # a planned comparison: 0.002, 0.003 and 0.005 at a standard deviation of 0.0019, paired
+    counts = [seeds_needed.seeds(size, 0.0019) for size in (0.002, 0.003, 0.005)]
+    assert counts == [10, 6, 4]
+    assert all(seeds_needed.power(0.002, 0.0019, n) < 0.8 <= seeds_needed.power(0.002, 0.0019, n + 1) for n in (counts[0] - 1,))
+    assert seeds_needed.seeds(1e-4, 1.0) is None
+    pair = {"best": {"n": 3, "mean": -0.01, "sd": 0.0019}}
+    assert seeds_needed.table({"endpoint": "best", "pairs": {"b": pair}}).splitlines()[2].split("|")[5].strip() == "4"
+    for damaged, words in (({}, "is not one of"), ({"endpoint": "best", "pairs": {"b": {"best": {"sd": None}}}}, "no arm of the report")):
+        with pytest.raises(InputError, match=words):
+            seeds_needed.table(damaged)
+
+
+def test_branches_by_kind_of_head(tmp_path):
+    """Two layers of three heads, the last one diffusing: the first layer stands apart, and diagonals are those of the second layer alone."""
+    values = {}
+    for layer in (0, 1):
+        values |= {f"layer {layer} stream_rms": 2.0, f"layer {layer} attention_rms": 4.0 + layer, f"layer {layer} mlp_rms": 1.0 + layer}
+        values |= {f"layer {layer} head {head} diagonal": 0.1 * head + 0.5 * layer for head in range(3)}
+    config = {"n_layer": 2, "n_head": 3, "diffusion": True, "diffusion_heads": [1]}
+    measured = branches.measure(values, config)
+    assert measured == pytest.approx(dict(zip(branches.QUANTITIES, (2.0, 2.5, 0.5, 1.0, 0.55, 0.7))))
+    assert branches.measure(values, config | {"diffusion_heads": [0, 3]})["diagonal, plain heads"] is None
+    assert branches.measure(values, config | {"diffusion_heads": []})["diagonal, diffusing heads"] == pytest.approx(0.6)
+    assert branches.measure(values, config | {"diffusion": False})["diagonal, plain heads"] == pytest.approx(0.6)
+    for seed, scale in ((1, 1.0), (2, 2.0)):
+        cell = tmp_path / "cells" / "b" / f"seed-{seed}"
+        cell.mkdir(parents=True)
+        rows = [{"step": 0, "values": values}, {"step": 9, "values": values | {"layer 1 head 2 diagonal": 0.7 * scale}}]
+        (cell / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = {"arms": {"b": {"cells": [{"seed": 1}, {"seed": 2}]}}, "provenance": {"configs": {"b": config}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    branches.main([str(tmp_path)])
+    found = json.loads((tmp_path / "branches.json").read_text())["b"]
+    assert (found["first"]["step"], found["last"]["step"]) == (0, 9) and found["first"]["diagonal, diffusing heads"]["mean"] == pytest.approx(0.7)
+    assert found["last"]["diagonal, diffusing heads"] == pytest.approx({"n": 2, "mean": 1.05, "sd": 0.7 / 2**0.5})
+    assert "1.050 ± 0.495" in (tmp_path / "branches.md").read_text()
+    (tmp_path / "cells" / "b" / "seed-2" / "probe.jsonl").unlink()
+    with pytest.raises(InputError, match="--probe_interval"):
+        branches.main([str(tmp_path)])
+    for damaged in ({}, {"arms": {"b": {"cells": [{}]}}, "provenance": {"configs": {"b": {}}}}):
+        with pytest.raises(InputError, match="is not one of a comparison"):
+            branches.read(tmp_path, damaged)

@@ -1,0 +1,85 @@
+"""What the branches add and where heads look, arm by arm: python studies/branches.py results/gpt2
+
+Reads report.json of a comparison with --probe_interval and the records probe.jsonl of its cells, which lie beside it, and writes branches.json and
+branches.md. For the first and the last record of every run, averaged over layers and heads, then over seeds with their standard deviation:
+
+    attention, mlp      RMS of what the sub-layer adds, as a share of the tokens' before the block; the first layer apart from the others
+    diagonal            mass of A on its diagonal without the first layer, of plain heads and of diffusing ones: a diffusing head that looks at its
+                        own token alone adds nothing
+"""
+
+import json
+from pathlib import Path
+
+from reports import read_report, run
+
+from configurator import InputError
+
+QUANTITIES = ("attention, first layer", "attention, others", "mlp, first layer", "mlp, others", "diagonal, plain heads", "diagonal, diffusing heads")
+
+
+def diffusing(config: dict, layer: int) -> int:
+    """How many trailing heads of a layer diffuse."""
+    heads = config["diffusion_heads"] or [config["n_head"]]
+    return heads[layer if len(heads) > 1 else 0] if config["diffusion"] else 0
+
+
+def measure(values: dict, config: dict) -> dict[str, float | None]:
+    """One record of probe.py -> QUANTITIES; None where there is no such head."""
+    layers, H = range(config["n_layer"]), config["n_head"]
+    sums: dict[str, list[float]] = {name: [] for name in QUANTITIES}
+    for layer in layers:
+        where = "first layer" if layer == 0 else "others"
+        for branch in ("attention", "mlp"):
+            sums[f"{branch}, {where}"].append(values[f"layer {layer} {branch}_rms"] / values[f"layer {layer} stream_rms"])
+        for head in range(H) if layer else ():
+            kind = "diffusing" if head >= H - diffusing(config, layer) else "plain"
+            sums[f"diagonal, {kind} heads"].append(values[f"layer {layer} head {head} diagonal"])
+    return {name: sum(some) / len(some) if some else None for name, some in sums.items()}
+
+
+def read(folder: Path, report: dict) -> dict:
+    """{arm: {"first" or "last": {"step", and for each of QUANTITIES mean, sd and n over seeds}}}. Raises InputError."""
+    from compare import summary
+    from probe import read_record
+
+    found = {}
+    try:
+        for name, arm in report["arms"].items():
+            config = report["provenance"]["configs"][name]
+            records = [read_record(folder / "cells" / name / f"seed-{cell['seed']}") for cell in arm["cells"] if "diverged_at" not in cell]
+            found[name] = {}
+            for end, at in (("first", 0), ("last", -1)):
+                measured = [measure(rows[at]["values"], config) for rows in records]
+                entry = {what: summary([one[what] for one in measured if one[what] is not None]) for what in QUANTITIES}
+                found[name][end] = {"step": records[0][at]["step"]} | entry
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(f"the report is not one of a comparison with --probe_interval ({type(error).__name__}: {error})") from None
+    return found
+
+
+def table(found: dict) -> str:
+    """The numbers as Markdown."""
+    from tabulate import tabulate
+
+    def words(entry):
+        return "-" if entry["mean"] is None else f"{entry['mean']:.3f}" + (f" ± {entry['sd']:.3f}" if entry["sd"] is not None else "")
+
+    rows = [[name, end["step"], *(words(end[what]) for what in QUANTITIES)] for name, ends in found.items() for end in ends.values()]
+    return tabulate(rows, ["arm", "step", *QUANTITIES], tablefmt="github", disable_numparse=True)
+
+
+def main(arguments: list[str]):
+    """Raises InputError."""
+    folder, report = read_report(arguments, __doc__)
+    found = read(folder, report)
+    from dataset import write_file
+
+    text = table(found)
+    write_file(folder / "branches.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_file(folder / "branches.md", (text + "\n").encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,60 @@
+"""How many seeds an answer needs: python studies/seeds_needed.py results/gpt2
+
+Reads report.json of a comparison and prints, from the standard deviation of each arm's paired differences of the endpoint, the number of paired seeds
+at which the two-sided paired t test at 5 % finds a true difference of a given size with a probability of 80 %. A standard deviation from few
+seeds is itself uncertain: between half and three times as large as stated is nothing unusual for three.
+"""
+
+from reports import read_report, run
+
+from configurator import InputError
+
+SIZES, POWER, MOST = (0.005, 0.01, 0.02, 0.05), 0.8, 1000
+
+
+def power(size: float, sd: float, n: int) -> float:
+    """Probability that the two-sided paired t test at 5 % rejects, for n pairs whose differences are normal with this mean and sd.
+
+    Over the sample's standard deviation, a chi variable, since scipy's noncentral t distribution fails for large means.
+    """
+    from scipy import integrate, stats
+
+    edge, shift, spread = stats.t.ppf(0.975, n - 1), size / sd * n**0.5, stats.chi(n - 1, scale=(n - 1) ** -0.5)
+
+    def rejected(s):
+        return (stats.norm.sf(edge * s - shift) + stats.norm.cdf(-edge * s - shift)) * spread.pdf(s)
+
+    return integrate.quad(rejected, 0, spread.isf(1e-9), limit=200)[0]
+
+
+def seeds(size: float, sd: float) -> int | None:
+    """The least n at which the power is POWER; None beyond MOST."""
+    return next((n for n in range(2, MOST + 1) if power(size, sd, n) >= POWER), None)
+
+
+def table(report: dict) -> str:
+    """A row per arm as Markdown. Raises InputError."""
+    from tabulate import tabulate
+
+    rows = []
+    try:
+        for name, pair in report["pairs"].items():
+            entry = pair[report["endpoint"]]
+            if entry["sd"]:
+                counts = [seeds(size, entry["sd"]) for size in SIZES]
+                rows.append([name, entry["n"], f"{entry['mean']:+.4f}", f"{entry['sd']:.4f}", *(count or f"> {MOST}" for count in counts)])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"the report is not one of compare.py ({type(error).__name__}: {error})") from None
+    if not rows:
+        raise InputError("no arm of the report has two pairs of seeds that differ: there is no standard deviation to go by")
+    headers = ["arm", "pairs", "difference", "its sd", *(f"seeds for {size:g}" for size in SIZES)]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def main(arguments: list[str]):
+    """Raises InputError."""
+    print(table(read_report(arguments, __doc__)[1]))
+
+
+if __name__ == "__main__":
+    run(main)

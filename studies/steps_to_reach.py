@@ -1,0 +1,77 @@
+"""How many steps an arm needs for the baseline's loss: python studies/steps_to_reach.py results/gpt2
+
+Reads report.json of a comparison and writes steps.json and steps.md beside it. For every arm and seed the target is the higher of the two best
+validation losses, the arm's and the baseline's, which both reach; the step at which a curve first reaches it is interpolated between evaluations.
+The ratio is the baseline's steps by the arm's: above 1 the arm is faster. Mean and 95 % t interval are those of its logarithm over seeds.
+
+All runs have the schedule of their full length. A run planned for fewer steps would have a lower rate by then, and a lower loss.
+"""
+
+import json
+import math
+
+from reports import read_report, run
+
+from configurator import InputError
+
+
+def reached(curve: list, target: float) -> float:
+    """The step at which a curve [[step, loss, ...], ...] is first at `target` or below, linear between evaluations. Raises ValueError if never."""
+    before = None
+    for step, loss, *_ in curve:
+        if loss <= target:
+            return float(step) if before is None else before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
+        before = step, loss
+    raise ValueError(f"the curve stays above {target}")
+
+
+def ratios(report: dict) -> dict[str, dict]:
+    """{arm: `targets`, `baseline_steps`, `arm_steps` and `ratios` of the seeds, and their `mean` and `interval`}. Raises InputError."""
+    from compare import paired_difference
+
+    found = {}
+    try:
+        baseline, *others = report["arms"].values()
+        first = {cell["seed"]: cell["curve"] for cell in baseline["cells"] if "diverged_at" not in cell}
+        for name, arm in zip(list(report["arms"])[1:], others):
+            pairs = [(first[cell["seed"]], cell["curve"]) for cell in arm["cells"] if "diverged_at" not in cell and cell["seed"] in first]
+            targets = [max(min(loss for _, loss, *_ in curve) for curve in pair) for pair in pairs]
+            steps = [[reached(curve, target) for curve in pair] for pair, target in zip(pairs, targets)]
+            logs = [math.log(a / b) for a, b in steps]
+            whole = paired_difference([0.0] * len(logs), logs)
+            found[name] = {"targets": targets, "baseline_steps": [a for a, _ in steps], "arm_steps": [b for _, b in steps]}
+            found[name] |= {"ratios": [math.exp(log) for log in logs], "mean": None if whole["mean"] is None else math.exp(whole["mean"])}
+            found[name]["interval"] = whole["interval"] and [math.exp(end) for end in whole["interval"]]
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise InputError(f"the report is not one of compare.py, or its curves have no common loss ({type(error).__name__}: {error})") from None
+    return found
+
+
+def table(found: dict[str, dict], baseline: str) -> str:
+    """The ratios as Markdown."""
+    from tabulate import tabulate
+
+    rows = []
+    for name, entry in found.items():
+        interval = " ({:.2f} to {:.2f})".format(*entry["interval"]) if entry["interval"] else ""
+        mean = "-" if entry["mean"] is None else f"{entry['mean']:.2f}{interval}"
+        rows.append([name, len(entry["ratios"]), ", ".join(f"{steps:.0f}" for steps in entry["arm_steps"])])
+        rows[-1] += [", ".join(f"{steps:.0f}" for steps in entry["baseline_steps"]), mean]
+    headers = ["arm", "pairs", "its steps", f"steps of {baseline}", "ratio"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def main(arguments: list[str]):
+    """Raises InputError."""
+    folder, report = read_report(arguments, __doc__)
+    found = ratios(report)
+    from dataset import write_file
+
+    text = table(found, next(iter(report["arms"]), ""))
+    write_file(folder / "steps.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_file(folder / "steps.md", (text + "\n").encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    run(main)
