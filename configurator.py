@@ -37,7 +37,8 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line: what, which value, what to do. Ends in exit status 2."""
 
 
-VARIANTS = {"weight_init": ("gpt2", "unrolled"), "head_combine": ("concat", "product"), "attention_kernel": ("softmax", "rbf", "student_t")}
+VARIANTS = {"weight_init": ("gpt2", "unrolled"), "head_combine": ("concat", "product")}
+VARIANTS["attention_kernel"] = ("softmax", "softmax1", "rbf", "student_t")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ class TrainConfig:
     # what else the theory suggests (variants.py)
     weight_init: str = "gpt2"  # gpt2, or unrolled: the theory's identity weights on top of GPT-2's noise
     head_combine: str = "concat"  # concat, or product: heads weighted by their precisions, a product of Gaussian experts
-    attention_kernel: str = "softmax"  # softmax, rbf (exp of -1/2 squared distance), or student_t (stores the T x T matrix: slow, much memory)
+    attention_kernel: str = "softmax"  # softmax, softmax1 (1 more in the denominator), rbf (exp of -1/2 squared distance), student_t (T x T stored)
     # MAP log-barrier: prior_lambda x mean barrier(log |det de_i/du_i|) on top of the cross-entropy
     prior_lambda: float = 0.0  # its weight; 0: off
     prior_where: str = "embedding"  # embedding: a small attention of its own on the embeddings; attention: the model's own heads

@@ -1,9 +1,9 @@
 """What the theory suggests beyond the paper's model: other kernels of the graph, heads as a product of experts, and the theory's initial weights.
 
-    attention_kernel   softmax | rbf | student_t    what the weights of the graph are made of
-    head_combine       concat | product             how the heads' updates become one
-    weight_init        gpt2 | unrolled              where training starts
-    diffusion_learned  False | True                 alpha of A - alpha I is a parameter of each diffusing head
+    attention_kernel   softmax | softmax1 | rbf | student_t    what the weights of the graph are made of
+    head_combine       concat | product                        how the heads' updates become one
+    weight_init        gpt2 | unrolled                         where training starts
+    diffusion_learned  False | True                            alpha of A - alpha I is a parameter of each diffusing head
 
 model.py imports this file only when one of the keys asks for it. All work in both arms, in GPT and ViT, and together. Graph diffusion stays where
 it is, in model.diffuse. Shapes: B sequences, H heads, T queries, S keys, d = C / H.
@@ -46,6 +46,18 @@ def with_key_norms(q, k):
     return torch.cat((q, ones), dim=-1), torch.cat((k, rounded, (norm - rounded).to(k.dtype)), dim=-1)
 
 
+def with_null(q, k, v, mask):
+    """(B, H, T, a), (B, H, S, a), (B, H, S, c) -> the same with a token in front whose query, key and value are 0, and the mask for it.
+
+    Every query sees its key, with logit 0, so a row of softmax becomes exp(z_s) / (1 + sum exp(z)) on the others (softmax1), and its value adds
+    nothing. Its own query is there so that the causal mask of a square matrix stays the kernel's own; row 0 of the result is to be dropped.
+    """
+    front = (0, 0, 1, 0)
+    if mask is not None:  # (T, S), boolean or additive
+        mask = F.pad(mask, (1, 0, 1, 0), value=True if mask.dtype == torch.bool else 0.0)
+    return F.pad(q, front), F.pad(k, front), F.pad(v, front), mask
+
+
 def student_t_matrix(q, k, mask=None, causal: bool = False):
     """A with rows proportional to 1 / (1 + |q - k|^2 / sqrt d), in float32 or float64: (B, H, T, d), (B, H, S, d) -> (B, H, T, S).
 
@@ -66,12 +78,15 @@ def kernel_matrix(q, k, causal: bool, kernel: str):
     """A, stored, for one of the kernels: (B, H, T, d) twice -> (B, H, T, T). For tests, the probe and figures. Raises ValueError."""
     if kernel == "softmax":
         return attention_matrix(q, k, causal)
+    if kernel == "softmax1":
+        q, k, *_ = with_null(q, k, k, None)
+        return attention_matrix(q, k, causal)[..., 1:, 1:]
     if kernel == "rbf":
         q_more, k_more = with_key_norms(q, k)
         return attention_matrix(q_more * math.sqrt(q_more.size(-1) / q.size(-1)), k_more, causal)  # it divides by the root of the wider d
     if kernel == "student_t":
         return student_t_matrix(q, k, causal=causal)
-    raise ValueError(f"attention_kernel {kernel!r} is not softmax, rbf or student_t")
+    raise ValueError(f"attention_kernel {kernel!r} is not softmax, softmax1, rbf or student_t")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -82,7 +97,9 @@ class VariantAttention(CausalSelfAttention):
     """CausalSelfAttention with another kernel, with its heads combined as a product of experts, or with a learned alpha (heads,) for A - alpha I.
 
     Kernels: softmax exp(q k / sqrt d), rbf exp(-|q - k|^2 / (2 sqrt d)), student_t 1 / (1 + |q - k|^2 / sqrt d), rows normalised, causal where
-    the model is. rbf runs in the fused kernel with 2 channels more (8, with the padding). student_t stores the B x H x T x S matrix in float32, and
+    the model is. softmax1 divides the exponentials by their sum plus 1, so that a row may be as small as it likes: a head can be silent, which a
+    row that sums to 1 forbids and A - I allows by a look at the own token alone. Its A - I has no rows that sum to 0. It runs in the fused kernel
+    with a token more, rbf with 2 channels more (8, with the padding). student_t stores the B x H x T x S matrix in float32, and
     in training several of them for the backward pass: 4 B H T S bytes each, 0.6 GB a layer at GPT-2's 12 heads, T = 1024 and 12 sequences.
 
     head_combine="product" reads the heads as experts. Assumptions: head h says of the same token's new latent z that it is Gaussian,
@@ -110,8 +127,8 @@ class VariantAttention(CausalSelfAttention):
     def __init__(self, config, layer: int):
         super().__init__(config, layer)
         self.kernel, self.product = config.attention_kernel, config.head_combine == "product" and config.n_head > 1
-        if config.attention_kernel not in ("softmax", "rbf", "student_t"):
-            raise ValueError(f"attention_kernel {config.attention_kernel!r} is not softmax, rbf or student_t")
+        if config.attention_kernel not in ("softmax", "softmax1", "rbf", "student_t"):
+            raise ValueError(f"attention_kernel {config.attention_kernel!r} is not softmax, softmax1, rbf or student_t")
         if config.head_combine not in ("concat", "product"):
             raise ValueError(f"head_combine {config.head_combine!r} is not concat or product")
         if self.product:
@@ -128,6 +145,9 @@ class VariantAttention(CausalSelfAttention):
         if self.kernel == "student_t":
             A = F.dropout(student_t_matrix(q, keys, mask, causal), dropout)
             return A.to(values.dtype) @ values
+        if self.kernel == "softmax1":
+            q, keys, values, mask = with_null(q, keys, values, mask)
+            return fused(q, keys, values, scale, mask, causal, dropout)[..., 1:, :]
         if self.kernel == "rbf":
             q, keys = with_key_norms(q, keys)
         return fused(q, keys, values, scale, mask, causal, dropout)

@@ -143,7 +143,7 @@ def test_only_models_that_the_kernels_know_are_read_by_them(monkeypatch):
 
     assert by_kernels() and by_kernels(diffusion=True, bias=True) and by_kernels(HALF)
     assert not by_kernels(torch.float64)
-    for variant in ({"attention_kernel": "rbf"}, {"attention_kernel": "student_t"}, {"head_combine": "product"}):
+    for variant in ({"attention_kernel": "rbf"}, {"attention_kernel": "student_t"}, {"attention_kernel": "softmax1"}, {"head_combine": "product"}):
         assert not by_kernels(**variant)
     assert not by_kernels(diffusion=True, diffusion_learned=True)
     monkeypatch.setitem(sys.modules, "decode", None)  # no Triton

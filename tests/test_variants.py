@@ -20,7 +20,7 @@ from model import GPT, Block, CausalSelfAttention, GPTConfig, KVCache, LayerNorm
 from sample import StaticCache
 from tests.test_train import equal, tensors
 
-KERNELS = ("softmax", "rbf", "student_t")
+KERNELS = ("softmax", "softmax1", "rbf", "student_t")
 ALL = [dict(zip(("attention_kernel", "head_combine"), pair)) for pair in itertools.product(KERNELS, ("concat", "product"))]
 ARMS = [dict(diffusion=False), dict(diffusion=True), dict(diffusion=True, diffusion_alpha=0.7, diffusion_lambda=1.3, diffusion_heads=(2,))]
 SIZES = dict(n_layer=2, n_head=4, n_embd=24, bias=True)
@@ -54,8 +54,8 @@ def plain_matrix(q, k, causal: bool, kernel: str) -> torch.Tensor:
         for j in range(i + 1 if causal else T):
             square = float((q[i] - k[j]).square().sum()) / math.sqrt(d)
             product = float(q[i] @ k[j]) / math.sqrt(d)
-            A[i, j] = {"softmax": math.exp(product), "rbf": math.exp(-square / 2), "student_t": 1 / (1 + square)}[kernel]
-        A[i] /= A[i].sum()
+            A[i, j] = {"rbf": math.exp(-square / 2), "student_t": 1 / (1 + square)}.get(kernel, math.exp(product))
+        A[i] /= A[i].sum() + (kernel == "softmax1")
     return A
 
 
@@ -71,6 +71,7 @@ def plain_attention(attn: CausalSelfAttention, u) -> torch.Tensor:
     if getattr(attn, "product", False):
         for h, i in itertools.product(range(H), range(len(u))):
             variance = sum(float(A[h, i, s]) * float((v[h, s] - y[h, i]).square().mean()) for s in range(len(u)))
+            variance += (1 - float(A[h, i].sum())) * float(y[h, i].square().mean())  # what softmax1 leaves is at 0
             precision[h, i] = 1 / (variance + math.exp(float(attn.log_noise[h])))
     y[H - attn.diffusing_heads :] = attn.lam * (y - attn.alpha * v)[H - attn.diffusing_heads :]
     proposals = torch.stack([H * y[h] @ attn.c_proj.weight[:, h * d : (h + 1) * d].T for h in range(H)])  # mu_h, (H, T, C)
@@ -136,7 +137,16 @@ def test_equal_precisions_give_the_ordinary_block():
     torch.testing.assert_close(product(idx, idx)[0], ordinary(idx, idx)[0], rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("keys", ALL)
+def test_a_head_of_softmax1_can_be_silent_and_of_large_logits_is_one_of_softmax():
+    q, k = draw(2, 3, 6, 5), draw(2, 3, 6, 5, seed=1)
+    k[..., 0] = 1.0  # logits go wherever the first channel of the queries goes
+    down, up = q.clone(), q.clone()
+    down[..., 0], up[..., 0] = -200.0, 200.0
+    assert variants.kernel_matrix(down, k, True, "softmax1").sum(-1).max() < 1e-30
+    torch.testing.assert_close(variants.kernel_matrix(up, k, True, "softmax1"), variants.kernel_matrix(up, k, True, "softmax"), **TIGHT)
+
+
+@pytest.mark.parametrize("keys", [keys for keys in ALL if keys["attention_kernel"] != "softmax1"])
 def test_the_first_position_of_a_causal_graph_diffuses_to_nothing(keys):
     attn = gpt(diffusion=True, **keys).transformer.h[0].attn
     q = draw(2, 4, 6, 6)
