@@ -321,11 +321,12 @@ def report(out: Path) -> tuple:
             del arm[key]
             for cell in arm["cells"]:
                 cell.pop(key, None)
+                cell.pop("resumed_at", None)
     return found["arms"], found["pairs"]
 
 
 def kills_in_comparison(folder: Path, draw: random.Random):
-    """kill -9 again and again, until the comparison is through: its table is that of one that nobody disturbed."""
+    """kill -9 and SIGTERM again and again, until the comparison is through: its table is that of one that nobody disturbed."""
     command = comparison(folder)
     succeed("compare.py", [*command, f"--out_dir={folder / 'undisturbed'}", "--save_checkpoints=True"], folder / "io")
     expected = report(folder / "undisturbed")
@@ -333,7 +334,8 @@ def kills_in_comparison(folder: Path, draw: random.Random):
         out = folder / f"killed-{number}"
         for attempt in itertools.count():
             child = Child("compare.py", [*command, f"--out_dir={out}", "--save_checkpoints=True"], folder / "io")
-            phase = child.signal(signal.SIGKILL, draw.choice((None, None, 1, 2, 3, 4)), draw, first=6) if attempt < 9 else None
+            number_sent, word = draw.choice(((signal.SIGKILL, "kill -9"), (signal.SIGTERM, "SIGTERM")))
+            phase = child.signal(number_sent, draw.choice((None, None, 1, 2, 3, 4)), draw, first=6) if attempt < 9 else None
             cells = [json.loads(path.read_text()) for path in out.rglob("result.json")]  # whole, each of them
             assert all("fingerprint" in cell for cell in cells)
             for path in out.glob("cells/*/*"):
@@ -342,7 +344,7 @@ def kills_in_comparison(folder: Path, draw: random.Random):
                 status, _, err = child.wait()
                 assert status == 0, err[-2000:]
                 break
-            yield "kill -9 in a comparison"
+            yield f"{word} in a comparison"
         assert report(out) == expected, "another table than an undisturbed comparison"
         shutil.rmtree(out)
 
