@@ -143,7 +143,6 @@ ENDPOINTS = {
 # keys that cannot change a run's losses, so a cell may be used again when they differ; data and device are told by checksum and name
 HARMLESS = {"out_dir", "overwrite", "seed", "dataset", "log_interval", "always_save_checkpoint", "device", "eval_only", "probe_interval"}
 HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
-BEGUN = "begun.json"  # in a cell's directory until it has finished: the fingerprint of its run
 FRONTIER = ("noise 1 RMS", "attack 0.1, 10 steps")  # the perturbations of frontier.png
 
 
@@ -228,15 +227,13 @@ def replaceable(out_dir: Path, arms: dict) -> bool:
         return False
 
 
-def begun(directory: Path, expected: dict) -> bool:
-    """Whether a cell was interrupted and can go on: its checkpoint is whole and it was begun with the same fingerprint. Else notes its beginning."""
+def goes_on(directory: Path, expected: dict, save: bool) -> bool:
+    """Whether a cell's last/ is from an interruption of the same run: whole, with its fingerprint, and, where they are kept, with its best/."""
     try:
-        same = json.loads((directory / BEGUN).read_text(encoding="utf-8")) == expected
-        return same and bool(checkpoint.readable(directory / "last"))
-    except (OSError, ValueError, InputError):  # not begun, or nothing to go on from: it starts, and a checkpoint of another run goes
-        directory.mkdir(parents=True, exist_ok=True)
-        write_file(directory / BEGUN, (json.dumps(expected, indent=1) + "\n").encode())
+        meta = checkpoint.readable(directory / "last")
+    except InputError:
         return False
+    return meta.get("fingerprint") == expected and not (save and meta.get("best_step") and not (directory / "best" / "checkpoint.json").is_file())
 
 
 def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[str, list[dict]]:
@@ -287,19 +284,22 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         for cell in own:
             if config.init_from != of_seed(config, cell[1]).init_from:
                 program = program._replace(weights=checkpoint.starting_weights(of_seed(config, cell[1]))[1])
-            directory = path[cell].parent
-            start = program._replace(config=dataclasses.replace(program.config, init_from="resume")) if begun(directory, expected[cell]) else program
+            directory, late = path[cell].parent, None
+            start, save = program, comparison.save_checkpoints or bool(comparison.evaluators)
+            if goes_on(directory, expected[cell], save):
+                start = program._replace(config=dataclasses.replace(program.config, init_from="resume"))
             try:
-                result = train(start, cell[1], directory, save=comparison.save_checkpoints or bool(comparison.evaluators), quiet=True)
+                result = train(start, cell[1], directory, save=save, quiet=True, fingerprint=expected[cell])
+                late = result.pop("signal")  # in the run's last step or evaluation
+                if comparison.evaluators and late:  # its checkpoints are there to go on from
+                    raise Interrupted(late, "before the evaluators")
                 if comparison.evaluators:
                     result["evaluation"] = examine(comparison, program, directory)
                 words = f"best {result['best_val_loss']:.4f} at step {result['best_step']}, last {result['val_loss']:.4f}, {result['seconds']:.1f} s"
             except Diverged as error:
-                result, words = {"diverged_at": error.step}, f"DIVERGED: {error}"
-            late = result.pop("signal", None)  # in the run's last step or evaluation: it is finished, and the next one is not begun
+                result, late, words = {"diverged_at": error.step}, error.signal, f"DIVERGED: {error}"
             result |= {"arm": name, "seed": cell[1], "mode": program.mode}
             write_file(path[cell], (json.dumps({"fingerprint": expected[cell], "result": result}, indent=1) + "\n").encode())
-            (directory / BEGUN).unlink(missing_ok=True)
             if not comparison.save_checkpoints:  # those of an interruption, or for evaluate.py
                 checkpoint.remove(directory / "best")
                 checkpoint.remove(directory / "last")
@@ -401,9 +401,9 @@ def analyse(comparison: CompareConfig, results: dict[str, list[dict]]) -> tuple[
             "diverged": [{"seed": cell["seed"], "step": cell["diverged_at"]} for cell in cells if "diverged_at" in cell],
             **{ENDPOINTS[endpoint][1]: summary([cell[ENDPOINTS[endpoint][1]] for cell in good]) for endpoint in measured},
             "best_step": summary([cell["best_step"] for cell in good]),
-            "seconds": summary([cell["seconds"] for cell in good if not cell.get("resumed_at")]),  # those that one call ran whole
-            "ms": summary([cell["ms"] for cell in good]),
-            "tokens_per_s": summary([cell["tokens_per_s"] for cell in good]),
+            "seconds": summary([cell["seconds"] for cell in good if cell.get("resumed_at") is None]),  # those that one call ran whole
+            "ms": summary([cell["ms"] for cell in good if cell["ms"] is not None]),  # None: resumed after its last step
+            "tokens_per_s": summary([cell["tokens_per_s"] for cell in good if cell["tokens_per_s"] is not None]),
             "mode": cells[0]["mode"],
             "cells": [brief(cell) for cell in cells],
         }
@@ -467,7 +467,8 @@ def tables(comparison: CompareConfig, arms: dict, pairs: dict) -> str:
     for name, arm in arms.items():
         cells = [name, f"{arm['n']}" + (f" (+ {len(arm['diverged'])} diverged)" if arm["diverged"] else "")]
         cells += [spread(arm[key]) for _, key, _, _ in ENDPOINTS.values() if key in arm] + [spread(arm["best_step"], 0)]
-        rows.append(cells + [spread(arm["seconds"], 1), f"{arm['tokens_per_s']['mean']:,.0f}" if arm["n"] else "-"])
+        seconds = spread(arm["seconds"], 1) + (f" (n = {arm['seconds']['n']})" if 0 < arm["seconds"]["n"] < arm["n"] else "")
+        rows.append(cells + [seconds, f"{arm['tokens_per_s']['mean']:,.0f}" if arm["tokens_per_s"]["n"] else "-"])
     measured = [what for what, key, _, _ in ENDPOINTS.values() if key in next(iter(arms.values()))]
     headers = ["arm", "n", *measured, "step of best", "seconds a run", "tokens/s"]
     text = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
@@ -674,5 +675,5 @@ if __name__ == "__main__":
         with one_line_errors():
             main(*command_line)
     except (Interrupted, KeyboardInterrupt) as stop:
-        say("interrupted; finished runs are kept, the same command continues with the others")
+        say("interrupted; finished runs are kept, the same command goes on, inside the interrupted run where its state was saved")
         sys.exit(128 + getattr(stop, "signal", signal.SIGINT))

@@ -25,8 +25,12 @@ class Metrics:
     The open file is locked, so that two trainings cannot share a directory; a dead process holds no lock. (A file system without locks gives none.)
     """
 
-    def __init__(self, out_dir: Path, resume_at: int | None = None, overwrite: bool = False, wandb_options: dict | None = None):
+    def __init__(
+        self, out_dir: Path, resume_at: int | None = None, overwrite: bool = False, wandb_options: dict | None = None, evaluated: int | None = None
+    ):
         """`resume_at` keeps the rows up to that step and drops later ones; None starts a new log, over an old one only with `overwrite`.
+
+        `evaluated` is the last step whose evaluation the checkpoint knows of: that of a later one is dropped too, since it will be made again.
 
         `wandb_options` are the arguments of wandb.init. Raises InputError: directory not writable, in use, or holding a run; wandb not working.
         """
@@ -60,9 +64,11 @@ class Metrics:
             keep = 0
             for line in self.file.read().splitlines(keepends=True) if resume_at is not None else []:
                 try:
-                    if not line.endswith(b"\n") or json.loads(line)["step"] > resume_at:
+                    row = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}
+                    again = evaluated is not None and row["step"] > evaluated and row.get("val_loss") is not None
+                    if row["step"] > resume_at or again:
                         break
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, AttributeError):
                     raise InputError(f"{path} is damaged at byte {keep}: move it away to continue the run without its log") from None
                 keep += len(line)
             self.file.truncate(keep)
@@ -99,9 +105,3 @@ def read_metrics(out_dir: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
     lines = (Path(out_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def earlier_evaluations(out_dir: Path) -> list[list]:
-    """[step, val_loss], for pictures with top1 and top5, of every evaluation in a run's metrics.jsonl."""
-    rows = (row for row in read_metrics(out_dir) if row["val_loss"] is not None)
-    return [[row["step"], *(row[key] for key in EVALUATION if row[key] is not None)] for row in rows]

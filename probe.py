@@ -76,7 +76,7 @@ from model import GPT, ViT, attention_matrix
 
 HEAD = ("cosine", "cosine_average", "entropy", "diagonal", "dirichlet_in", "dirichlet_out")
 LAYER = ("effective_rank", "cosine", "cosine_average", "stream_rms", "attention_rms", "mlp_rms")
-SEQUENCES, TOKENS = 16, 4096  # that train.py and evaluate.py look at: so many sequences, fewer of long ones
+SEQUENCES, TOKENS = 16, 4096  # what train.py looks at: so many sequences, fewer of long ones; evaluate.py looks at SEQUENCES of any length
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -60,9 +60,9 @@ def effective_rank(X):
     Singular values by the eigenvalues of the smaller Gram matrix in float64, several times as fast on a GPU as a singular value decomposition. Those
     below 1e-7 of the largest count as 0.
     """
-    wide = X.double()
+    wide = (X.cpu() if X.device.type == "mps" else X).double()  # which mps has not
     squares = torch.linalg.eigvalsh(wide @ wide.mT if X.size(-2) < X.size(-1) else wide.mT @ wide)
-    singular = squares.where(squares > 1e-14 * squares.amax(dim=-1, keepdim=True), 0.0).sqrt().to(X.dtype)
+    singular = squares.where(squares > 1e-14 * squares.amax(dim=-1, keepdim=True), 0.0).sqrt().to(X)
     share = singular / singular.sum(dim=-1, keepdim=True)
     return torch.special.entr(share).sum(dim=-1).exp()
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import checkpoint
 import onednn
 from dataset import Pictures, Tokens, load, prepare_if_missing
-from metrics import EVALUATION, Metrics, earlier_evaluations
+from metrics import EVALUATION, Metrics
 from model import GPT, GPTConfig, ViT, ViTConfig
 from operators import make_known
 from optimizer import learning_rate, make_optimizer, reset, set_learning_rate
@@ -52,11 +52,12 @@ SMALLEST_SCALE = 2.0**-24  # of float16 losses: below it the smallest float16 nu
 
 
 class Diverged(Exception):
-    """The loss or the gradient of `step` is no longer finite. `norms` is what layer_norms gives, `last` says which checkpoint is from before it."""
+    """The loss or the gradient of `step` is no longer finite. `norms` is what layer_norms gives, `last` says which checkpoint is from before it,
+    `signal` is the number of a signal that came meanwhile."""
 
-    def __init__(self, step: int, what: str, norms: str, last: str):
+    def __init__(self, step: int, what: str, norms: str, last: str, signal: int | None = None):
         super().__init__(f"step {step}: {what}, so training stops; norms of the parameters (gradients): {norms}; {last}")
-        self.step = step
+        self.step, self.signal = step, signal
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -280,8 +281,6 @@ def start_state(program: Program, seed: int, out_dir: Path) -> tuple[int, dict]:
         changed = [f"{key} {old} -> {now[key]}" for key, old in meta["config"].items() if key in CONTINUED and now[key] != old]
         if changed and program.place.rank == 0:
             say(f"note: resuming with other values of {', '.join(changed)}: from here on not what an undisturbed run would be")
-        if meta["step"] >= config.max_iters and meta["evaluated"] == meta["step"] and program.place.rank == 0 and not config.eval_only:
-            say(f"note: nothing to do, {last} is at step {meta['step']} of --max_iters={config.max_iters}: raise it")
         checkpoint.load_into(last, meta, model, program.optimizer, program.prior)
         if meta["scaler"]:  # empty when the run so far was not in float16
             program.scaler.load_state_dict(meta["scaler"])
@@ -319,23 +318,28 @@ def margins_of(seen: list, place: Place) -> dict[str, float]:
     return {name: reduce.get(name, lambda values: sum(values) / len(parts))([part[name] for part in parts]) for name in parts[0]}
 
 
-def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: bool = False) -> dict:
+def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: bool = False, fingerprint: dict | None = None) -> dict:
     """Trains one seed of `program` to max_iters; logs to out_dir/metrics.jsonl, checkpoints in out_dir/last and out_dir/best.
 
-    Without `save` there is a checkpoint only when a signal or an error of a file ends the run early. Returns step, best_val_loss, best_step, the last
-    evaluation (val_loss; for pictures top1, top5), curve [[step, *evaluation], ...], resumed_at (the step; None for a whole run), and since then
-    seconds (all of it), ms (per iteration, without evaluation) and tokens_per_s; signal is the number of one that came too late to stop this run, or
-    None. Raises Diverged, Interrupted, InputError.
+    Without `save` there is a checkpoint only when a signal or an error of a file ends the run early. A `fingerprint`, JSON of a caller, is put into
+    them. Returns step, best_val_loss, best_step, the last evaluation (val_loss; for pictures top1, top5), curve [[step, *evaluation], ...] of the
+    whole run, resumed_at (the step; None for a run from its start), and since then seconds (all of it), ms (per iteration, without evaluation) and
+    tokens_per_s (None without an iteration); signal is the number of one that came too late to stop this run, or None. Raises Diverged,
+    Interrupted, InputError.
     """
     config, place, model = program.config, program.place, program.model
     main = place.rank == 0
     began = time.perf_counter()
     step, resumed = start_state(program, seed, out_dir)
     progress = {key: resumed.get(key) for key in ("val_loss", "best_val_loss", "best_step", "evaluated")}  # evaluated: the last step that was
+    progress["curve"] = list(resumed.get("curve", []))  # none in checkpoints from before it was kept
+    if main and not quiet and not config.eval_only and resumed and step >= config.max_iters and progress["evaluated"] == step:
+        say(f"note: nothing to do, {out_dir / 'last'} is at step {step} of --max_iters={config.max_iters}: raise it")
     metrics = None
     if main and not config.eval_only:
         wandb = {"project": config.wandb_project, "name": config.wandb_run_name or str(out_dir), "config": dataclasses.asdict(config)}
-        metrics = Metrics(out_dir, step if resumed else None, config.overwrite, wandb if config.wandb_log else None)
+        evaluated = -1 if progress["evaluated"] is None else progress["evaluated"]
+        metrics = Metrics(out_dir, step if resumed else None, config.overwrite, wandb if config.wandb_log else None, evaluated)
         if config.probe_interval or (resumed and (out_dir / "probe.jsonl").exists()):
             import probe
 
@@ -357,20 +361,21 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
         if (save or early) and not config.eval_only:
             entries = {"config": dataclasses.asdict(config) | {"seed": seed}, "data": program.data.checksum, "tokenizer": program.data.tokenizer}
             entries |= {"generators": "batches and dropout are functions of (seed, step)", "scaler": program.scaler.state_dict(), **progress}
+            entries |= {"fingerprint": fingerprint} if fingerprint else {}
             continues = {"optimizer": program.optimizer, "prior": program.prior} if name == "last" else {"optimizer": None}
             checkpoint.save(out_dir / name, model, step=step, main=main, **continues, **entries)
             saved_at = step if name == "last" else saved_at
 
     def diverged(at: int, what: str) -> Diverged:
         there = f"{out_dir / 'last'} of step {saved_at} is from before it" if saved_at is not None else "there is no checkpoint from before it"
-        return Diverged(at, what, layer_norms(model), there)
+        return Diverged(at, what, layer_norms(model), there, next(iter(signals.caught), None))
 
     signals = Signals(program.optimizer, impatient=place.world == 1 and program.data.device.type == "cpu")
     # loss and gradient norm of the steps not looked at yet: looking waits for the GPU
     losses = torch.zeros(max(1, min(config.log_interval, config.eval_interval, config.max_iters)), device=place.device)
     norms, unread, done, train_seconds, since = torch.zeros_like(losses), 0, 0, 0.0, began
-    curve, seen_last, underflow = earlier_evaluations(out_dir) if metrics and resumed else [], [], False
-    scores = dict(zip(EVALUATION, curve[-1][1:])) if curve else {}
+    scores = dict(zip(EVALUATION, progress["curve"][-1][1:])) if progress["curve"] else {}
+    seen_last, underflow = [], False
     bar = tqdm(total=config.max_iters, initial=step, disable=not main or not sys.stderr.isatty(), smoothing=0.05, leave=False)
     try:
         while True:
@@ -424,7 +429,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
                 progress |= {"val_loss": scores["val_loss"], "evaluated": step}
                 if progress["best_val_loss"] is None or progress["val_loss"] < progress["best_val_loss"]:
                     progress |= {"best_val_loss": progress["val_loss"], "best_step": step}
-                curve.append([step, *scores.values()])
+                progress["curve"].append([step, *scores.values()])
                 if main and not quiet:
                     more = "".join(f", {name} {share:.2%}" for name, share in scores.items() if name != "val_loss")
                     say(f"step {step}: val loss {progress['val_loss']:.4f}{more}")
@@ -465,8 +470,8 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
         if metrics:
             metrics.close()
     speed = {"ms": train_seconds / done * 1e3, "tokens_per_s": done * program.tokens / train_seconds} if done else {"ms": None, "tokens_per_s": None}
-    how = {"resumed_at": resumed.get("step"), "signal": next(iter(signals.caught), None), "seconds": time.perf_counter() - began}
-    return {"step": step, **progress, **scores, "curve": curve, **how, **speed}
+    legs = {"resumed_at": resumed.get("step"), "signal": next(iter(signals.caught), None), "seconds": time.perf_counter() - began}
+    return {"step": step, **progress, **scores, **legs, **speed}
 
 
 def main(config: TrainConfig) -> int:

@@ -418,7 +418,7 @@ def test_a_killed_comparison_goes_on_with_the_cells_that_are_missing(undisturbed
     assert not (tmp_path / "report.json").exists()
 
     cell = tmp_path / "cells" / "laplacian" / "seed-1"
-    assert (cell / "begun.json").is_file() and (cell / "last").is_dir() == (number == signal.SIGTERM)
+    assert (cell / "last").is_dir() == (number == signal.SIGTERM)
     resumed = run(tmp_path, *arms)
     assert "6 runs, 3 of them finished before" in capsys.readouterr().out
     inside = [cell["resumed_at"] for cell in resumed["arms"]["laplacian"]["cells"]]
@@ -433,40 +433,103 @@ def test_a_killed_comparison_goes_on_with_the_cells_that_are_missing(undisturbed
     assert [path.name for path in tmp_path.rglob(".*")] == [], "no temporary files"
 
 
-@pytest.mark.parametrize("change", ["fingerprint", "checkpoint", "nothing"])
-def test_an_interrupted_cell_goes_on_only_from_a_whole_checkpoint_of_the_same_run(arms, tmp_path, monkeypatch, change):
-    step, stops = train.learning_rate, [7]
+def interrupt(monkeypatch, at: int, number=signal.SIGINT) -> list:
+    """A signal in optimizer step `at`, counted from 1, of whatever is trained next; once. Returns what is not empty after it."""
+    rate, sent = train.learning_rate, []
 
-    def stop_at_seven(config, i):
-        if i + 1 == stops[0]:
-            stops[0] = None
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(config, i)
+    def interrupting(config, i):
+        if i + 1 == at and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return rate(config, i)
 
-    monkeypatch.setattr(train, "learning_rate", stop_at_seven)
-    with pytest.raises(train.Interrupted):
-        run(tmp_path, *arms, seeds=1)
-    cell = tmp_path / "cells" / "base" / "seed-1"
-    if change == "fingerprint":
-        (cell / "begun.json").write_text((cell / "begun.json").read_text().replace('"dropout": 0.1', '"dropout": 0.0'))
-    if change == "checkpoint":
-        next((cell / "last").glob("model-*")).write_bytes(b"damaged")
+    monkeypatch.setattr(train, "learning_rate", interrupting)
+    return sent
+
+
+def stopped(monkeypatch, out_dir, *arguments, at: int, seeds=1):
+    """A comparison that is interrupted there."""
+    with monkeypatch.context() as patch, pytest.raises(train.Interrupted):
+        interrupt(patch, at)
+        run(out_dir, *arguments, seeds=seeds)
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_an_interrupted_cell_goes_on_from_a_whole_checkpoint(arms, tmp_path, monkeypatch, undisturbed, damaged):
+    stopped(monkeypatch, tmp_path, *arms, at=7)
+    if damaged:
+        next((tmp_path / "cells" / "base" / "seed-1" / "last").glob("model-*")).write_bytes(b"damaged")
     report = run(tmp_path, *arms, seeds=1)
-    assert report["arms"]["base"]["cells"][0]["resumed_at"] == (7 if change == "nothing" else None)
-    assert [point[0] for point in report["arms"]["base"]["cells"][0]["curve"]] == [0, 4, 8, 12]
+    assert report["arms"]["base"]["cells"][0]["resumed_at"] == (None if damaged else 7)
+    assert losses(report) == {(name, 1): losses(undisturbed[1])[name, 1] for name in ("base", "laplacian")}
+
+
+def test_an_interrupted_cell_never_goes_on_with_another_run(arms, tmp_path, monkeypatch):
+    """Three calls in one directory, the second with another rate: the third starts where no run of its own is."""
+    whole = run(tmp_path / "whole", *arms, seeds=1)
+    stopped(monkeypatch, tmp_path / "out", *arms, at=3)
+    stopped(monkeypatch, tmp_path / "out", *arms, "--learning_rate=5e-3", at=9)
+    report = run(tmp_path / "out", *arms, seeds=1)
+    assert losses(report) == losses(whole) and report["arms"]["base"]["cells"][0]["resumed_at"] is None
+
+
+def test_a_cell_interrupted_twice_at_an_evaluation_has_it_once(arms, tmp_path, monkeypatch, undisturbed):
+    """The signal comes in the step before an evaluation that is due; the second call dies behind that evaluation, before its own checkpoint."""
+    stopped(monkeypatch, tmp_path, *arms, at=4)
+    cell = tmp_path / "cells" / "base" / "seed-1"
+    kept = tmp_path / "kept"
+    shutil.copytree(cell / "last", kept)
+    stopped(monkeypatch, tmp_path, *arms, at=6)
+    shutil.rmtree(cell / "last")  # as if that checkpoint had not been written: kill -9 at step 6
+    shutil.copytree(kept, cell / "last")
+    report = run(tmp_path, *arms, seeds=1)
+    assert losses(report)["base", 1] == losses(undisturbed[1])["base", 1]
+    assert [row["step"] for row in read_metrics(cell) if row["val_loss"] is not None] == [0, 4, 8, 12]
+
+
+def test_a_comparison_of_pictures_goes_on_inside_a_cell(tmp_path, monkeypatch):
+    config = ROOT / "config" / "quick_vision.py"
+    arguments = [str(config), f"{config} --diffusion=True", "--max_iters=6", "--warmup_iters=1", "--eval_interval=3", "--eval_tokens=512"]
+    arguments += ["--n_layer=1", "--n_embd=16", "--n_head=2", "--batch_size=8", "--device=cpu", "--endpoint=top1"]
+    whole = run(tmp_path / "whole", *arguments, seeds=1)
+    stopped(monkeypatch, tmp_path / "out", *arguments, at=5)
+    report = run(tmp_path / "out", *arguments, seeds=1)
+    assert losses(report) == losses(whole) and len(losses(whole)["quick_vision", 1][0]) == 4, "step, loss, top-1, top-5"
+    ours, theirs = (found["arms"]["quick_vision"]["cells"][0] for found in (report, whole))
+    assert ours["resumed_at"] == 5 and [ours[key] for key in ("val_loss", "top1", "top5")] == [theirs[key] for key in ("val_loss", "top1", "top5")]
+
+
+def test_a_signal_behind_the_last_evaluation_leaves_the_evaluators_to_the_next_call(arms, tmp_path, monkeypatch):
+    """Neither what they would take is waited for, nor does a cell without a step of its own break the table."""
+    arguments = [*arms, "--evaluate=perturb", "--max_iters=4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "examine", lambda *_: pytest.fail("examined after the signal"))
+        stopped(monkeypatch, tmp_path, *arguments, at=4)
+    cell = tmp_path / "cells" / "base" / "seed-1"
+    assert not (cell / "result.json").exists() and (cell / "last").is_dir()
+    report = run(tmp_path, *arguments, seeds=1)
+    base = report["arms"]["base"]
+    assert base["cells"][0]["resumed_at"] == 4 and base["cells"][0]["ms"] is None and base["tokens_per_s"]["n"] == base["seconds"]["n"] == 0
+    row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| base "))
+    assert row.count("| - ") == 2
+
+
+def test_a_cell_whose_best_weights_were_not_kept_starts_again_where_they_are_asked_for(arms, tmp_path, monkeypatch):
+    stopped(monkeypatch, tmp_path, *arms, at=11)
+    report = run(tmp_path, *arms, "--save_checkpoints=True", seeds=1)
+    cell = report["arms"]["base"]["cells"][0]
+    assert cell["resumed_at"] is None and cell["best_step"] > 0 and (tmp_path / "cells" / "base" / "seed-1" / "best").is_dir()
+
+
+def test_a_signal_in_a_step_that_diverges_ends_the_comparison_behind_that_cell(arms, tmp_path, monkeypatch):
+    arguments = [*arms, "--learning_rate=1e30", "--warmup_iters=0", "--grad_clip=0"]
+    stopped(monkeypatch, tmp_path, *arguments, at=2)
+    cells = cells_in(tmp_path)
+    assert list(cells) == ["cells/base/seed-1/result.json"] and b"diverged_at" in cells["cells/base/seed-1/result.json"][0]
 
 
 def test_a_signal_in_the_last_step_of_a_cell_ends_the_comparison_behind_it(arms, tmp_path, monkeypatch, undisturbed):
-    rate, sent = train.learning_rate, []
-
-    def stop_at_the_end(config, i):
-        if i + 1 == config.max_iters and not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGINT))
-        return rate(config, i)
-
-    monkeypatch.setattr(train, "learning_rate", stop_at_the_end)
-    with pytest.raises(train.Interrupted):
-        run(tmp_path, *arms, seeds=1)
+    stopped(monkeypatch, tmp_path, *arms, at=12)
     assert list(cells_in(tmp_path)) == ["cells/base/seed-1/result.json"] and not (tmp_path / "cells" / "laplacian").exists()
     report = run(tmp_path, *arms, seeds=1)
     assert losses(report) == {(name, 1): losses(undisturbed[1])[name, 1] for name in ("base", "laplacian")}
