@@ -288,6 +288,7 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
             start, save = program, comparison.save_checkpoints or bool(comparison.evaluators)
             if goes_on(directory, expected[cell], save):
                 start = program._replace(config=dataclasses.replace(program.config, init_from="resume"))
+                say(f"{name}, seed {cell[1]}: goes on from step {checkpoint.read_meta(directory / 'last')['step']}")
             try:
                 result = train(start, cell[1], directory, save=save, quiet=True, fingerprint=expected[cell])
                 late = result.pop("signal")  # in the run's last step or evaluation
@@ -313,9 +314,11 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         gc.collect()
         torch.compiler.reset()  # the compiler keeps a limited number of variants of one function, and the next arm is another function
     if world > 1:
+        ours = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would have to wait for the barrier's end
         dist.init_process_group("gloo", timeout=timedelta(days=7))
         dist.barrier()
         dist.destroy_process_group()
+        signal.signal(signal.SIGINT, ours)
     return {name: [read_cell(path[name, seed], expected[name, seed]) for seed in seeds] for name in arms}
 
 

@@ -584,7 +584,7 @@ def earlier_sections(path: Path, now: dict, overwrite: bool) -> dict:
     except (OSError, ValueError, KeyError, TypeError):
         other = ["kind: it is no report of evaluate.py"]
     if other:
-        raise InputError(f"{path} is of another {', '.join(other)}: --overwrite=True replaces it, --out names another directory")
+        raise InputError(f"{path} differs in {', '.join(other)}: --overwrite=True replaces it, --out names another directory")
     return {section: values for section, values in report.items() if section not in now}
 
 

@@ -25,8 +25,10 @@ def read_losses(report: dict) -> dict[float, dict[str, list[float]]]:
             config = report["provenance"]["configs"][name]
             alpha = config["diffusion_alpha"]
             others.add(json.dumps({key: value for key, value in config.items() if key not in ("diffusion_alpha", "out_dir")}, sort_keys=True))
-            found[alpha] = {end: [cell["curve"][at][1] for cell in arm["cells"]] for end, at in ENDS.items()}
-    except (KeyError, IndexError, TypeError):
+            found[alpha] = {end: [cell["curve"][at][1] + 0.0 for cell in arm["cells"]] for end, at in ENDS.items()}
+            if len(found[alpha]["as they are"]) != len(next(iter(found.values()))["as they are"]):
+                raise ValueError("numbers of seeds")
+    except (KeyError, IndexError, TypeError, ValueError):
         raise InputError("the report is not one of compare.py") from None
     if len(others) > 1:
         raise InputError("the arms of the report differ in more than diffusion_alpha: a curve over alpha would mix them up")

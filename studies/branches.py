@@ -1,7 +1,8 @@
 """What the branches add and where heads look, arm by arm: python studies/branches.py results/gpt2
 
-Reads report.json of a comparison with --probe_interval and the records probe.jsonl of its cells, which lie beside it, and writes branches.json and
-branches.md. For the first and the last record of every run, averaged over layers and heads, then over seeds with their standard deviation:
+Reads report.json of a comparison with --probe_interval and the records probe.jsonl of its cells, which lie beside it where it was made (cells are
+not committed), and writes branches.json and branches.md. For the first and the last record of every run, averaged over layers and heads, then over
+seeds with their standard deviation:
 
     attention, mlp      RMS of what the sub-layer adds, as a share of the tokens' before the block; the first layer apart from the others
     diagonal            mass of A on its diagonal without the first layer, of plain heads and of diffusing ones: a diffusing head that looks at its
@@ -50,6 +51,8 @@ def read(folder: Path, report: dict) -> dict:
             records = [read_record(folder / "cells" / name / f"seed-{cell['seed']}") for cell in arm["cells"] if "diverged_at" not in cell]
             found[name] = {}
             for end, at in (("first", 0), ("last", -1)):
+                if len({rows[at]["step"] for rows in records}) > 1:
+                    raise InputError(f"the {end} records of the runs of {name} are of different steps: make all with the same --probe_interval")
                 measured = [measure(rows[at]["values"], config) for rows in records]
                 entry = {what: summary([one[what] for one in measured if one[what] is not None]) for what in QUANTITIES}
                 found[name][end] = {"step": records[0][at]["step"]} | entry

@@ -2,7 +2,8 @@
 
 Reads report.json of a comparison and writes steps.json and steps.md beside it. For every arm and seed the target is the higher of the two best
 validation losses, the arm's and the baseline's, which both reach; the step at which a curve first reaches it is interpolated between evaluations.
-The ratio is the baseline's steps by the arm's: above 1 the arm is faster. Mean and 95 % t interval are those of its logarithm over seeds.
+The ratio is the baseline's steps by the arm's: above 1 the arm is faster. Mean and 95 % t interval are those of its logarithm over seeds, so the
+mean is a geometric one. A pair of which one curve begins at the target or below has no ratio and is left out.
 
 All runs have the schedule of their full length. A run planned for fewer steps would have a lower rate by then, and a lower loss.
 """
@@ -37,13 +38,15 @@ def ratios(report: dict) -> dict[str, dict]:
             pairs = [(first[cell["seed"]], cell["curve"]) for cell in arm["cells"] if "diverged_at" not in cell and cell["seed"] in first]
             targets = [max(min(loss for _, loss, *_ in curve) for curve in pair) for pair in pairs]
             steps = [[reached(curve, target) for curve in pair] for pair, target in zip(pairs, targets)]
+            kept = [all(some) for some in steps]
+            targets, steps = ([one for one, there in zip(some, kept) if there] for some in (targets, steps))
             logs = [math.log(a / b) for a, b in steps]
             whole = paired_difference([0.0] * len(logs), logs)
             found[name] = {"targets": targets, "baseline_steps": [a for a, _ in steps], "arm_steps": [b for _, b in steps]}
             found[name] |= {"ratios": [math.exp(log) for log in logs], "mean": None if whole["mean"] is None else math.exp(whole["mean"])}
             found[name]["interval"] = whole["interval"] and [math.exp(end) for end in whole["interval"]]
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
-        raise InputError(f"the report is not one of compare.py, or its curves have no common loss ({type(error).__name__}: {error})") from None
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"the report is not one of compare.py ({type(error).__name__}: {error})") from None
     return found
 
 

@@ -512,6 +512,7 @@ def test_a_signal_behind_the_last_evaluation_leaves_the_evaluators_to_the_next_c
     assert base["cells"][0]["resumed_at"] == 4 and base["cells"][0]["ms"] is None and base["tokens_per_s"]["n"] == base["seconds"]["n"] == 0
     row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| base "))
     assert row.count("| - ") == 2
+    assert sorted(path.name for path in cell.iterdir()) == ["metrics.jsonl", "result.json"], "no checkpoint that nobody asked for"
 
 
 def test_a_cell_whose_best_weights_were_not_kept_starts_again_where_they_are_asked_for(arms, tmp_path, monkeypatch):

@@ -127,13 +127,14 @@ def test_the_words_about_gpt2_are_the_committed_reports():
     sentence = "A {}, A − I {}, by {} undecided, half of the heads {}, by {} better, on every seed by {:.3f} or more"
     least = math.floor(-1000 * max(pairs[1]["differences"])) / 1000
     assert sentence.format(means[0], means[1], ends[0], means[2], ends[1], least) in IN_RESULTS
-    assert f"lower by {-pairs[1]['mean']:.3f} after 100 M tokens" in IN_README and f"a part of the {-pairs[1]['mean']:.3f}" in IN_README
+    assert f"end lower by {-pairs[1]['mean']:.3f} after 100 M tokens" in IN_README
+    assert f"How much of the {-pairs[1]['mean']:.3f} is the learning rate" in IN_README
     assert f"Three seeds allow no p below {pairs[1]['sign_flip_p']:g}," in IN_README and [pair["n"] for pair in pairs] == [3, 3]
 
     def ratio(entry):
         return "{:.2f} ({:.2f} to {:.2f})".format(entry["mean"], *entry["interval"])
 
-    assert f"A's last loss in {ratio(steps[half])} times fewer steps" in IN_README
+    assert f"reach A's last loss in {ratio(steps[half])} times fewer steps" in IN_README
     assert f"{ratio(steps[half])} times fewer ([table]" in IN_RESULTS and f"A − I in all heads: {ratio(steps[everywhere])}." in IN_RESULTS
     assert "A's last loss after {:,.0f} steps on average instead of {:,.0f}:".format(
         *(sum(steps[half][key]) / 3 for key in ("arm_steps", "baseline_steps"))
@@ -149,7 +150,22 @@ def test_the_words_about_gpt2_are_the_committed_reports():
     flat = [words(x) for x in (*by_rate[0], losses["gpt2_100m_learning_rate=3e-4"], *by_rate[1], *by_rate[2])]
     assert sentence.format(*flat) in IN_RESULTS and len(losses) == 10 and [arm["n"] for arm in rates["arms"].values()] == [1] * 10
     assert all(mixed < plain for plain, mixed in zip(by_rate[0], by_rate[2])) and f"at 6e-4 by {by_rate[0][0] - by_rate[2][0]:.4f}" in IN_RESULTS
-    assert f"where A was worse at 1.2e-3 than at 6e-4, by {by_rate[0][1] - by_rate[0][0]:.3f};" in IN_README
+    assert f"where A was worse at 1.2e-3 than at 6e-4, by {by_rate[0][1] - by_rate[0][0]:.3f}," in IN_README
+    curves = {name: [dict(cell["curve"]) for cell in arm["cells"]] for name, arm in report["arms"].items()}
+    falls = [f"{sum(curve[step] for curve in curves[a]) / 3:.2f}" for step in (327, 436)]
+    assert "between steps 327 and 436 (A from {} to {})".format(*falls) in IN_RESULTS
+    assert all(curve[436] < curve[327] - 0.25 for some in curves.values() for curve in some)
+    for name, tuned in ((a, by_rate[0][0]), (everywhere, by_rate[1][1]), (half, by_rate[2][1])):
+        assert all((curve[327] + curve[436]) / 2 < tuned for curve in curves[name]), "the tuning ends above"
+    at = {name: {step: sum(curve[step] for curve in some) for step in some[0]} for name, some in curves.items()}
+    assert all(at[half][step] < at[other][step] for other in (a, everywhere) for step in at[a] if step)
+    tuning = {name: arm["best_val_loss"]["mean"] for name, arm in report_of("heads_rates")["arms"].items()}
+    best = {}
+    for name, loss in tuning.items():
+        arm = name.partition("_learning_rate")[0]
+        best[arm] = min(loss, best.get(arm, 9.0))
+    order = sorted(best, key=best.get)
+    assert order[0].endswith("heads=4") and order.index("shakespeare_char_laplacian_diffusion_heads=3") == 6 and len(order) == 10
 
     last = {name: {what: entry["mean"] for what, entry in found["last"].items() if what != "step"} for name, found in branches.items()}
     first = {name: {what: entry["mean"] for what, entry in found["first"].items() if what != "step"} for name, found in branches.items()}
@@ -157,12 +173,18 @@ def test_the_words_about_gpt2_are_the_committed_reports():
     own = [f"{last[name]['diagonal, diffusing heads']:.2f}" for name in (everywhere, half)]
     assert plain == {"0.07"} and f"plain heads have {plain.pop()} of their weight on their own token" in IN_RESULTS
     assert "Heads with A − I have {} of it there when all are such, and {} in the mixture.".format(*own) in IN_RESULTS
-    assert f"a head with A − I puts {own[1]} of its weight on its own token" in IN_README
     loud = [f"{first[name]['attention, first layer']:.2f}" for name in (everywhere, half, a)]
     assert "it adds {} times the tokens' RMS (half of the heads {}, A {})".format(*loud) in IN_RESULTS
     loud = [last[name]["attention, first layer"] for name in (everywhere, half, a)]
     quiet = [f"{last[name]['attention, others']:.2f}" for name in (everywhere, half, a)]
     assert "at the end {:.0f} times ({:.0f}, {:.2f})".format(*loud) in IN_RESULTS and "{} times ({}, {}).".format(*quiet) in IN_RESULTS
+
+    silent = report_of("silent_quick")["pairs"]["quick_attention_kernel=softmax1_learning_rate=8e-3"]["best"]
+    sentence = "that arm is undecided: {} ({} to {}) against A on eight seeds".format(*(words(x, "+") for x in (silent["mean"], *silent["interval"])))
+    assert sentence in IN_RESULTS and silent["n"] == 8
+    rates = {name: arm["best_val_loss"]["mean"] for name, arm in report_of("silent_quick_rates")["arms"].items()}
+    assert min(rates, key=rates.get).endswith("rate=8e-3") and len(rates) == 4, "no edge"
+    assert f"by {-pairs[1]['mean']:.2f} nats on three seeds" in IN_README
 
     counts = [[seeds(size, pair["sd"]) for size in SIZES[:3]] for pair in pairs]
     sentence = "for A − I, two arms that differ by 0.02 need {2} paired seeds for a power of 80 %, by 0.01 {1} and by 0.005 {0};"

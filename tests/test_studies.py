@@ -96,6 +96,8 @@ def test_what_is_no_curve(tmp_path):
     mixed["provenance"]["configs"]["arm1.0"]["learning_rate"] = 1.0
     for report, words in (
         (diverged, "diverged"),
+        (alphas({0.0: [[[0, 1.0]], [[0, 1.0]]], 1.0: [[[0, 1.0]]]}), "is not one of compare.py"),
+        (alphas({0.0: [[[0, [None]]]], 1.0: [[[0, 1.0]]]}), "is not one of compare.py"),
         (alphas({1.0: [[[0, 1.0]]]}), "diffusion_alpha=0"),
         ({}, "is not one of compare.py"),
         (mixed, "differ in more than diffusion_alpha"),
@@ -310,8 +312,8 @@ def curves_report(arms: dict[str, dict[int, list]]) -> dict:
 
 
 def test_steps_to_a_common_loss(tmp_path, capsys):
-    baseline = {1: [[0, 5.0], [100, 3.0], [200, 2.0]], 2: [[0, 5.0], [100, 3.0], [200, 2.0]], 3: [[0, 5.0], [200, 2.0]]}
-    faster = {1: [[0, 5.0], [100, 1.0], [200, 0.5]], 2: [[0, 5.0], [100, 2.0], [200, 1.5]], 3: []}  # reaches 2.0 at 75 and at 100
+    baseline = {1: [[0, 5.0], [100, 3.0], [200, 2.0]], 2: [[0, 5.0], [100, 3.0], [200, 2.0]], 3: [[0, 5.0], [200, 2.0]], 4: []}
+    faster = {1: [[0, 5.0], [50, 3.0], [100, 1.0], [200, 0.5]], 2: [[0, 5.0], [100, 2.0], [200, 1.5]], 3: [], 4: [[0, 5.0], [200, 1.0]]}  # 75 and 100
     slower = {1: [[0, 5.0], [200, 3.5]], 2: [[0, 5.0], [100, 3.5], [200, 4.0]]}  # its best, 3.5, is what the baseline has at 75
     report = curves_report({"a": baseline, "b": faster, "c": slower})
     found = steps_to_reach.ratios(report)
@@ -325,6 +327,8 @@ def test_steps_to_a_common_loss(tmp_path, capsys):
     steps_to_reach.main([str(tmp_path)])
     assert json.loads((tmp_path / "steps.json").read_text()) == json.loads(json.dumps(found))
     assert (tmp_path / "steps.md").read_text() == capsys.readouterr().out and "| 200, 100 " in (tmp_path / "steps.md").read_text()
+    low = curves_report({"a": {1: [[0, 2.0], [100, 3.0]], 2: [[0, 5.0], [100, 1.0]]}, "b": {1: [[0, 5.0], [100, 1.0]], 2: [[0, 5.0], [100, 1.0]]}})
+    assert steps_to_reach.ratios(low)["b"]["ratios"] == [1.0], "a curve that begins at the target has no number of steps"
     for damaged in ({}, [], {"arms": {}}, {"arms": {"a": {"cells": [{"seed": 1, "curve": [["x"]]}]}, "b": {"cells": [{"seed": 1, "curve": [[0]]}]}}}):
         with pytest.raises(InputError, match="is not one of compare.py"):
             steps_to_reach.ratios(damaged)
@@ -343,8 +347,10 @@ def test_power_is_the_noncentral_t_distributions_and_the_count_the_least():
     assert counts == [10, 6, 4]
     assert all(seeds_needed.power(0.002, 0.0019, n) < 0.8 <= seeds_needed.power(0.002, 0.0019, n + 1) for n in (counts[0] - 1,))
     assert seeds_needed.seeds(1e-4, 1.0) is None
-    pair = {"best": {"n": 3, "mean": -0.01, "sd": 0.0019}}
-    assert seeds_needed.table({"endpoint": "best", "pairs": {"b": pair}}).splitlines()[2].split("|")[5].strip() == "4"
+    pair = {"best": {"n": 3, "mean": -0.01, "sd": 1.0}, "last": {"n": 3, "mean": -0.01, "sd": 0.0019}}
+    row = [cell.strip() for cell in seeds_needed.table({"endpoint": "last", "pairs": {"b": pair}}).splitlines()[2].split("|")[1:-1]]
+    assert row == ["b", "3", "-0.0100", "0.0019", "4", *(str(seeds_needed.seeds(size, 0.0019)) for size in seeds_needed.SIZES[1:])]
+    assert seeds_needed.seeds(0.05, 0.0019) == 2, "a difference of 26 standard deviations needs no third pair"
     for damaged, words in (({}, "is not one of"), ({"endpoint": "best", "pairs": {"b": {"best": {"sd": None}}}}, "no arm of the report")):
         with pytest.raises(InputError, match=words):
             seeds_needed.table(damaged)
@@ -354,27 +360,32 @@ def test_branches_by_kind_of_head(tmp_path):
     """Two layers of three heads, the last one diffusing: the first layer stands apart, and diagonals are those of the second layer alone."""
     values = {}
     for layer in (0, 1):
-        values |= {f"layer {layer} stream_rms": 2.0, f"layer {layer} attention_rms": 4.0 + layer, f"layer {layer} mlp_rms": 1.0 + layer}
+        values |= {f"layer {layer} stream_rms": 2.0 + 3 * layer, f"layer {layer} attention_rms": 4.0 + layer, f"layer {layer} mlp_rms": 1.0 + layer}
         values |= {f"layer {layer} head {head} diagonal": 0.1 * head + 0.5 * layer for head in range(3)}
     config = {"n_layer": 2, "n_head": 3, "diffusion": True, "diffusion_heads": [1]}
     measured = branches.measure(values, config)
-    assert measured == pytest.approx(dict(zip(branches.QUANTITIES, (2.0, 2.5, 0.5, 1.0, 0.55, 0.7))))
+    assert measured == pytest.approx(dict(zip(branches.QUANTITIES, (2.0, 1.0, 0.5, 0.4, 0.55, 0.7))))
     assert branches.measure(values, config | {"diffusion_heads": [0, 3]})["diagonal, plain heads"] is None
     assert branches.measure(values, config | {"diffusion_heads": []})["diagonal, diffusing heads"] == pytest.approx(0.6)
     assert branches.measure(values, config | {"diffusion": False})["diagonal, plain heads"] == pytest.approx(0.6)
     for seed, scale in ((1, 1.0), (2, 2.0)):
         cell = tmp_path / "cells" / "b" / f"seed-{seed}"
         cell.mkdir(parents=True)
-        rows = [{"step": 0, "values": values}, {"step": 9, "values": values | {"layer 1 head 2 diagonal": 0.7 * scale}}]
+        rows = [{"step": step, "values": values} for step in (0, 5)] + [{"step": 9, "values": values | {"layer 1 head 2 diagonal": 0.7 * scale}}]
         (cell / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = {"arms": {"b": {"cells": [{"seed": 1}, {"seed": 2}]}}, "provenance": {"configs": {"b": config}}}
+    cells = [{"seed": 1}, {"seed": 2}, {"seed": 3, "diverged_at": 4}]
+    report = {"arms": {"b": {"cells": cells}}, "provenance": {"configs": {"b": config}}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     branches.main([str(tmp_path)])
     found = json.loads((tmp_path / "branches.json").read_text())["b"]
     assert (found["first"]["step"], found["last"]["step"]) == (0, 9) and found["first"]["diagonal, diffusing heads"]["mean"] == pytest.approx(0.7)
     assert found["last"]["diagonal, diffusing heads"] == pytest.approx({"n": 2, "mean": 1.05, "sd": 0.7 / 2**0.5})
     assert "1.050 ± 0.495" in (tmp_path / "branches.md").read_text()
-    (tmp_path / "cells" / "b" / "seed-2" / "probe.jsonl").unlink()
+    record = tmp_path / "cells" / "b" / "seed-2" / "probe.jsonl"
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(InputError, match="the first records of the runs of b are of different steps"):
+        branches.main([str(tmp_path)])
+    record.unlink()
     with pytest.raises(InputError, match="--probe_interval"):
         branches.main([str(tmp_path)])
     for damaged in ({}, {"arms": {"b": {"cells": [{}]}}, "provenance": {"configs": {"b": {}}}}):

@@ -85,3 +85,16 @@ def test_entropy_and_diagonal_mass_against_loops():
     assert theory.attention_entropy(A).tolist() == pytest.approx(expected, abs=1e-12)
     assert float(theory.attention_entropy(torch.full((4, 8), 1 / 8))[0]) == pytest.approx(math.log(8), abs=1e-6)
     assert float(theory.diagonal_mass(A)) == pytest.approx(sum(float(A[i, i]) for i in range(6)) / 6, abs=1e-12)
+
+
+def test_effective_rank_of_float32_tokens_is_not_raised_by_rounding():
+    """Two directions among 200 tokens of 300 channels: what rounding leaves in the Gram matrix counts as nothing."""
+    draw = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(300, 2, dtype=torch.float64, generator=draw)).Q
+    tokens = torch.linalg.qr(torch.randn(200, 2, dtype=torch.float64, generator=draw)).Q @ basis.T
+    for X in (tokens, tokens.T, torch.stack((tokens, 5 * tokens))):
+        torch.testing.assert_close(theory.effective_rank(X), torch.full(X.shape[:-2], 2.0, dtype=torch.float64), rtol=1e-9, atol=0)
+    whole = torch.randn(40, 60, generator=draw)
+    share = torch.linalg.svdvals(whole.double())
+    share = share / share.sum()
+    assert float(theory.effective_rank(whole)) == pytest.approx(float(torch.special.entr(share).sum().exp()), rel=1e-6)
