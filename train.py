@@ -351,6 +351,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
             checkpoint.remove(out_dir / "last")
             checkpoint.remove(out_dir / "best")
     saved_at = resumed.get("step")  # of OUT_DIR/last
+    onward = "the same command continues" if fingerprint else "--init_from=resume continues"
 
     def record(**values):
         if metrics:
@@ -416,7 +417,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
 
             if stop and (step < config.max_iters or signals.broken_off):  # an evaluation that is due is made up for after resuming
                 write("last", early=True)
-                saved = "" if config.eval_only else f", saved in {out_dir / 'last'}; --init_from=resume continues"
+                saved = "" if config.eval_only else f", saved in {out_dir / 'last'}; {onward}"
                 raise Interrupted(stop[0], f"stopped at step {step}{saved}")
             if config.eval_only or (at_eval and progress["evaluated"] != step):
                 found = signals.attempt(program.evaluate)
@@ -463,7 +464,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
             raise error from None
         if isinstance(error, BrokenPipeError):
             raise
-        raise InputError(f"{error}; stopped at step {step}, saved in {out_dir / 'last'}; --init_from=resume continues") from None
+        raise InputError(f"{error}; stopped at step {step}, saved in {out_dir / 'last'}; {onward}") from None
     finally:
         signals.close()
         bar.close()
