@@ -227,13 +227,17 @@ def replaceable(out_dir: Path, arms: dict) -> bool:
         return False
 
 
-def goes_on(directory: Path, expected: dict, save: bool) -> bool:
-    """Whether a cell's last/ is from an interruption of the same run: whole, with its fingerprint, and, where they are kept, with its best/."""
+def interrupted_at(directory: Path, expected: dict, save: bool) -> int | None:
+    """The step at which a cell can go on: that of its last/ if it is whole and of the same run; None for a start from step 0.
+
+    With `save` best/ must be there too, unless no evaluation has beaten the first.
+    """
     try:
         meta = checkpoint.readable(directory / "last")
     except InputError:
-        return False
-    return meta.get("fingerprint") == expected and not (save and meta.get("best_step") and not (directory / "best" / "checkpoint.json").is_file())
+        return None
+    lacks_best = save and meta.get("best_step") and not (directory / "best" / "checkpoint.json").is_file()
+    return None if lacks_best or meta.get("fingerprint") != expected else meta["step"]
 
 
 def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[str, list[dict]]:
@@ -286,15 +290,16 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
                 program = program._replace(weights=checkpoint.starting_weights(of_seed(config, cell[1]))[1])
             directory, late = path[cell].parent, None
             start, save = program, comparison.save_checkpoints or bool(comparison.evaluators)
-            if goes_on(directory, expected[cell], save):
+            step = interrupted_at(directory, expected[cell], save)
+            if step is not None:
                 start = program._replace(config=dataclasses.replace(program.config, init_from="resume"))
-                say(f"{name}, seed {cell[1]}: goes on from step {checkpoint.read_meta(directory / 'last')['step']}")
+                say(f"{name}, seed {cell[1]}: goes on from step {step}")
             try:
                 result = train(start, cell[1], directory, save=save, quiet=True, fingerprint=expected[cell])
                 late = result.pop("signal")  # in the run's last step or evaluation
-                if comparison.evaluators and late:  # its checkpoints are there to go on from
-                    raise Interrupted(late, "before the evaluators")
                 if comparison.evaluators:
+                    if late:  # its checkpoints are there to go on from
+                        raise Interrupted(late, "before the evaluators")
                     result["evaluation"] = examine(comparison, program, directory)
                 words = f"best {result['best_val_loss']:.4f} at step {result['best_step']}, last {result['val_loss']:.4f}, {result['seconds']:.1f} s"
             except Diverged as error:

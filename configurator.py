@@ -37,8 +37,11 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line: what, which value, what to do. Ends in exit status 2."""
 
 
-VARIANTS = {"weight_init": ("gpt2", "unrolled"), "head_combine": ("concat", "product")}
-VARIANTS["attention_kernel"] = ("softmax", "softmax1", "rbf", "student_t")
+VARIANTS = {
+    "weight_init": ("gpt2", "unrolled"),
+    "head_combine": ("concat", "product"),
+    "attention_kernel": ("softmax", "softmax1", "rbf", "student_t"),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

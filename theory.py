@@ -57,8 +57,8 @@ def dirichlet_energy(X, A):
 def effective_rank(X):
     """exp of the entropy of the normalised singular values, between 1 and min(n, p): (..., n, p) -> (...). Source: Roy and Vetterli, EUSIPCO 2007.
 
-    Singular values by the eigenvalues of the smaller Gram matrix in float64, several times as fast on a GPU as a singular value decomposition. Those
-    below 1e-7 of the largest count as 0.
+    Singular values by the eigenvalues of the smaller Gram matrix in float64: 0.6 of the time of a singular value decomposition of 1024 x 768 numbers
+    on two CPU cores. Those below 1e-7 of the largest count as 0.
     """
     wide = (X.cpu() if X.device.type == "mps" else X).double()  # which mps has not
     squares = torch.linalg.eigvalsh(wide @ wide.mT if X.size(-2) < X.size(-1) else wide.mT @ wide)

@@ -471,8 +471,8 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
         if metrics:
             metrics.close()
     speed = {"ms": train_seconds / done * 1e3, "tokens_per_s": done * program.tokens / train_seconds} if done else {"ms": None, "tokens_per_s": None}
-    legs = {"resumed_at": resumed.get("step"), "signal": next(iter(signals.caught), None), "seconds": time.perf_counter() - began}
-    return {"step": step, **progress, **scores, **legs, **speed}
+    result = {"step": step, **progress, **scores, "resumed_at": resumed.get("step"), "signal": next(iter(signals.caught), None)}
+    return result | {"seconds": time.perf_counter() - began, **speed}
 
 
 def main(config: TrainConfig) -> int:

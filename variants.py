@@ -98,9 +98,10 @@ class VariantAttention(CausalSelfAttention):
 
     Kernels: softmax exp(q k / sqrt d), rbf exp(-|q - k|^2 / (2 sqrt d)), student_t 1 / (1 + |q - k|^2 / sqrt d), rows normalised, causal where
     the model is. softmax1 divides the exponentials by their sum plus 1, so that a row may be as small as it likes: a head can be silent, which a
-    row that sums to 1 forbids and A - I allows by a look at the own token alone. Its A - I has no rows that sum to 0. It runs in the fused kernel
-    with a token more, rbf with 2 channels more (8, with the padding). student_t stores the B x H x T x S matrix in float32, and
-    in training several of them for the backward pass: 4 B H T S bytes each, 0.6 GB a layer at GPT-2's 12 heads, T = 1024 and 12 sequences.
+    row that sums to 1 allows only by a token whose value is near 0, and A - I by a look at the own token alone. Its A - I has no rows that sum to
+    0. It runs in the fused kernel with a token more, rbf with 2 channels more (8, with the padding). student_t stores the B x H x T x S matrix in
+    float32, and in training several of them for the backward pass: 4 B H T S bytes each, 0.6 GB a layer at GPT-2's 12 heads, T = 1024 and 12
+    sequences.
 
     head_combine="product" reads the heads as experts. Assumptions: head h says of the same token's new latent z that it is Gaussian,
 

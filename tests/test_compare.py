@@ -433,24 +433,17 @@ def test_a_killed_comparison_goes_on_with_the_cells_that_are_missing(undisturbed
     assert [path.name for path in tmp_path.rglob(".*")] == [], "no temporary files"
 
 
-def interrupt(monkeypatch, at: int, number=signal.SIGINT) -> list:
-    """A signal in optimizer step `at`, counted from 1, of whatever is trained next; once. Returns what is not empty after it."""
+def stopped(monkeypatch, out_dir, *arguments, at: int, seeds=1):
+    """A comparison that is interrupted in optimizer step `at`, counted from 1, of the first cell that comes there."""
     rate, sent = train.learning_rate, []
 
     def interrupting(config, i):
         if i + 1 == at and not sent:
-            sent.append(number)
-            os.kill(os.getpid(), number)
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
         return rate(config, i)
 
-    monkeypatch.setattr(train, "learning_rate", interrupting)
-    return sent
-
-
-def stopped(monkeypatch, out_dir, *arguments, at: int, seeds=1):
-    """A comparison that is interrupted there."""
     with monkeypatch.context() as patch, pytest.raises(train.Interrupted):
-        interrupt(patch, at)
+        patch.setattr(train, "learning_rate", interrupting)
         run(out_dir, *arguments, seeds=seeds)
 
 

@@ -122,6 +122,7 @@ def graph(torch, call):
 
 
 def main():
+    """Tries every candidate, times the good ones, prints a table for each shape and direction, and writes $OUT/bench_mlp.json if OUT is set."""
     results = trials(40)
     if not any(answer == "good" for said in results.values() for answer in said.values()):  # processes cannot share the GPU, say: try here
         print("no process of its own succeeded, the first said:", next(iter(results.values())), flush=True)
