@@ -437,10 +437,10 @@ def margins(subject: Subject) -> Iterator[tuple[str, object]]:
 
 
 def unrolled(subject: Subject) -> Iterator[tuple[str, float | None]]:
-    """Attention and representations against the theory, see probe.py, on 16 windows or those of eval_tokens. Where there is no direction: None."""
-    from probe import SEQUENCES, probe, validation_sequences
+    """Attention and representations against the theory, see probe.py, on its number of windows or eval_tokens. Where there is no direction: None."""
+    from probe import probe, sequences_of, validation_sequences
 
-    windows = max(1, subject.eval_tokens // subject.data.block_size) if subject.eval_tokens else SEQUENCES
+    windows = max(1, subject.eval_tokens // subject.data.block_size) if subject.eval_tokens else sequences_of(subject.data)
     for name, value in probe(subject.model, validation_sequences(subject.data, windows), windows):
         yield name, None if math.isnan(value) else value
 

@@ -76,7 +76,7 @@ from model import GPT, ViT, attention_matrix
 
 HEAD = ("cosine", "cosine_average", "entropy", "diagonal", "dirichlet_in", "dirichlet_out")
 LAYER = ("effective_rank", "cosine", "cosine_average", "stream_rms", "attention_rms", "mlp_rms")
-SEQUENCES, TOKENS = 16, 4096  # what train.py looks at: so many sequences, fewer of long ones; evaluate.py looks at SEQUENCES of any length
+SEQUENCES, TOKENS = 16, 4096  # that train.py and evaluate.py look at: so many sequences, or fewer that have so many tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -175,6 +175,11 @@ def probe(model, batches: Iterable, sequences: int = SEQUENCES) -> Iterator[tupl
                 yield f"layer {layer} head {head} {name}", float(heads[layer, i, head])
 
 
+def sequences_of(data) -> int:
+    """How many sequences of a data set the probe looks at."""
+    return max(1, min(SEQUENCES, TOKENS // data.block_size))
+
+
 def validation_sequences(data, sequences: int = SEQUENCES):
     """Inputs of so many sequences (or pictures) of the validation set, evenly spaced; rows that only fill up a batch or a window are left out."""
     for inputs, targets, _ in data.validation(sequences, sequences * data.block_size):
@@ -196,9 +201,8 @@ def start_record(out_dir: Path, resume_at: int | None) -> int:
 
 
 def measure(model, data) -> dict[str, float | None]:
-    """The probe on SEQUENCES sequences of the validation set, or as many as have TOKENS tokens; the same ones each time."""
-    sequences = max(1, min(SEQUENCES, TOKENS // data.block_size))
-    return {name: None if math.isnan(value) else value for name, value in probe(model, validation_sequences(data, sequences))}
+    """The probe on sequences of the validation set, the same ones each time."""
+    return {name: None if math.isnan(value) else value for name, value in probe(model, validation_sequences(data, sequences_of(data)))}
 
 
 def append(out_dir: Path, step: int, values: dict):
@@ -315,7 +319,8 @@ def main(config: ProbeConfig, directories: list[str]):
         rows = read_record(Path(directory))
         if not rows:
             raise InputError(f"{Path(directory) / 'probe.jsonl'} holds no row yet")
-        runs[Path(directory).name if directory not in runs else directory] = rows
+        name = Path(directory).name
+        runs[directory if name in runs else name] = rows
     draw(Path(config.out), runs)
     for name, rows in runs.items():
         print(f"{name}, step {rows[-1]['step']}: means over heads\n\n{table(rows[-1]['values'])}\n")

@@ -281,3 +281,12 @@ def test_a_full_disk_under_the_record_is_one_line(tmp_path):
     (tmp_path / "probe.jsonl").mkdir()
     with pytest.raises(InputError, match="probe.jsonl: Is a directory"):
         probe.append(tmp_path, 1, {})
+
+
+def test_runs_whose_directories_have_one_name_are_all_drawn(probed, tmp_path, capsys):
+    for parent in ("A", "B"):
+        (tmp_path / parent / "seed-1").mkdir(parents=True)
+        (tmp_path / parent / "seed-1" / "probe.jsonl").write_bytes((probed / "probe.jsonl").read_bytes())
+    probe.main(probe.ProbeConfig(out=str(tmp_path / "probe.png")), [str(tmp_path / parent / "seed-1") for parent in ("A", "B")])
+    shown = [line.partition(", step")[0] for line in capsys.readouterr().out.splitlines() if "means over heads" in line]
+    assert shown == ["seed-1", str(tmp_path / "B" / "seed-1")]

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from configurator import TrainConfig, build
+from model import GPT, GPTConfig
+from place import PEAK_FLOPS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 # as they are, for rows of tables and commands, which are lines; and each as one line, for sentences, wrapped anywhere
@@ -191,8 +195,17 @@ def test_the_words_about_gpt2_are_the_committed_reports():
     assert sentence.format(*counts[0]) in IN_RESULTS and SIZES[:3] == (0.005, 0.01, 0.02)
     assert "it is {2}, {1} and {0} (`".format(*counts[1]) in IN_RESULTS
     assert f"these differences, {pairs[0]['sd']:.4f} for A − I" in IN_RESULTS and f"that of the mixture, {pairs[1]['sd']:.4f}," in IN_RESULTS
-    mfu = 65536 / report["arms"][a]["ms"]["mean"] * 1e3 * 0.854770176e9 / 989e12  # 6 N + 12 L C T of 124M, by an H100's peak
-    hours = 118e6 * 8.470474752e9 / (mfu * 989e12) / 3600  # and of 1.3B
+
+    def flops(c) -> int:
+        """Network.flops_per_token of a config without biases, without making its weights."""
+        parameters = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd + (2 * c.n_layer + 1) * c.n_embd
+        return 6 * parameters + 12 * c.n_layer * c.n_embd * c.block_size
+
+    small = GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=24)
+    assert flops(small) == GPT(small).flops_per_token()
+    ours, large = (flops(build(TrainConfig, [str(ROOT / "config" / f"{name}.py")], [])) for name in ("gpt2_100m", "gpt2_1b3"))
+    mfu = 65536 / report["arms"][a]["ms"]["mean"] * 1e3 * ours / PEAK_FLOPS["H100"]
+    hours = 118e6 * large / (mfu * PEAK_FLOPS["H100"]) / 3600
     assert f"takes {hours:.2f} hours of an H100 at the MFU of these runs ({100 * mfu:.0f} %," in IN_RESULTS
     assert f"nine pairs and one pass are {18 * hours:.0f} GPU-hours, 28 pairs {56 * hours:.0f}." in IN_RESULTS and counts[0][1:] == [28, 9]
 
