@@ -158,6 +158,8 @@ def code_sha256() -> str:
         "prior.py",
         "fused.py",
         "fused_attention.py",
+        "fused_mlp.py",
+        "fused_mlp_hopper.py",
         "fused_prior.py",
         "operators.py",
         "dataset.py",

@@ -5,7 +5,8 @@ torch.compile fuses element-wise passes well, but leaves these to be won (times 
     residual, dropout, LayerNorm   one pass in each direction, which also writes the branch's gradient in half precision and sums the gain's
     dropout                        eight decisions from one Philox call, kept as a byte each, instead of one call per decision and direction
     linear layers                  weights are cast once per step, all together; their gradients leave the product in float32
-    GELU                           exact up to 2.2e-7 with one exp2 and one rsqrt instead of the long erf; kept, not computed again
+    GELU                           exact up to 2.2e-7 with one exp2 and one rsqrt instead of the long erf; kept, not computed again; on Hopper GPUs it
+                                   and its gradient are the ends of the products before them (fused_mlp.py)
     graph diffusion                y - v is kept; v's second gradient is subtracted where dq, dk and dv are gathered, a pass that reads dv anyway and
                                    adds the gradients of taps
     token table                    its gradient by a sort instead of atomics
@@ -24,9 +25,11 @@ import triton.language as tl
 from torch.nn import functional as F
 
 import fused_attention
+import fused_mlp
 import model
+from fused_mlp import gelu, linear_gelu, linear_gelu_backward
 from model import GPT, CausalSelfAttention, ViT
-from operators import operator
+from operators import operator, processors
 
 CHUNK = 32768  # rows of logits at a time: 3.1 GiB of GPT-2's
 LANES, PROGRAMS = 1024, 2  # of the cross-entropy: groups of eight logits in a program's tile, and programs per multiprocessor where rows are longer
@@ -35,11 +38,6 @@ LANES, PROGRAMS = 1024, 2  # of the cross-entropy: groups of eight logits in a p
 def _half(x) -> torch.dtype:
     """The dtype of products: autocast's, or that of x without it."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-
-
-def _processors(device) -> int:
-    """Multiprocessors of a GPU; 2 in Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -236,7 +234,7 @@ def add_norm_backward(
     tile = _tile(out.size(-1), 1024)
     alone = tile["BLOCK"] == 1024  # a row of one warp has sums without barriers; longer ones would not fit its registers
     tiles = triton.cdiv(n, tile["ROWS"])
-    programs = min(tiles, (16 if alone else 8) * _processors(out.device))  # about as many as run at once
+    programs = min(tiles, (16 if alone else 8) * processors(out.device))  # about as many as run at once
     tile["num_warps"] = 1 if alone else tile["num_warps"]
     dweight = weight.new_empty(programs, len(weight))
     dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
@@ -323,61 +321,7 @@ def cast_weights(network: nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# GELU
-
-
-@triton.jit
-def _tail(x):
-    """Upper tail of the standard normal at |x| and exp(-x^2 / 2), by Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7).
-
-    These passes are bound by arithmetic, not by memory: exp2 and the inverse by rsqrt are one instruction each, exp and a division five and nine.
-    """
-    r = tl.rsqrt(1 + 0.23164189 * tl.abs(x))  # 0.3275911 / sqrt(2)
-    t = r * r
-    e = tl.exp2(x * x * -0.7213475204444817)  # log2(e) / 2
-    return e * (t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))), e
-
-
-@triton.jit
-def _gelu(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    tail, _ = _tail(x)
-    tl.store(y_ptr + i, tl.maximum(x, 0.0) - tl.abs(x) * tail, mask=i < n)
-
-
-@triton.jit
-def _gelu_backward(dy_ptr, x_ptr, dx_ptr, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    tail, e = _tail(x)
-    tl.store(dx_ptr + i, dy * (tl.where(x < 0, tail, 1 - tail) + x * e * 0.3989422804014327), mask=i < n)
-
-
-@operator
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """x Phi(x) of a tensor of any shape, in its dtype."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    _gelu[(triton.cdiv(x.numel(), 4096),)](x, y, x.numel(), BLOCK=4096)
-    return y
-
-
-@operator
-def gelu_backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """dy (Phi(x) + x phi(x))."""
-    dy, x = dy.contiguous(), x.contiguous()
-    dx = torch.empty_like(x)
-    _gelu_backward[(triton.cdiv(x.numel(), 1024),)](dy, x, dx, x.numel(), BLOCK=1024)
-    return dx
-
-
-gelu.register_fake(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
-gelu_backward.register_fake(lambda dy, x: torch.empty_like(x, memory_format=torch.contiguous_format))
-gelu.register_autograd(
-    lambda ctx, dy: gelu_backward(dy, *ctx.saved_tensors), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
-)
+# MLP
 
 
 class GELU(nn.GELU):
@@ -385,6 +329,36 @@ class GELU(nn.GELU):
 
     def forward(self, x):
         return gelu(x)
+
+
+class _MLP(torch.autograd.Function):
+    """(N, C) -> (N, C) with GELU inside the products; weights in float32 and their casts, (4 C, C) and (C, 4 C). Without `train` h is not kept."""
+
+    @staticmethod
+    def forward(ctx, x, up, up_half, down, down_half, train):
+        g, h = linear_gelu(x, up_half, train)
+        ctx.save_for_backward(x, h, g, up_half, down_half)
+        return g @ down_half.t()
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, h, g, up_half, down_half = ctx.saved_tensors
+        dh = linear_gelu_backward(dy, down_half, h)
+        return dh @ up_half, weight_gradient(dh, x), None, weight_gradient(dy, g), None, None
+
+
+class MLP(model.MLP):
+    """The model's MLP; `branch` is what it adds to the residual stream, before dropout."""
+
+    inside = False  # GELU inside the products: `accelerate` decides
+
+    def branch(self, x):
+        """(B, T, C) -> (B, T, C)."""
+        if self.inside and torch.is_autocast_enabled("cuda"):
+            flat = x.flatten(0, -2).to(self.c_fc.half.dtype)
+            y = _MLP.apply(flat, self.c_fc.weight, self.c_fc.half, self.c_proj.weight, self.c_proj.half, torch.is_grad_enabled())
+            return y.unflatten(0, x.shape[:-1])
+        return self.c_proj(self.gelu(self.c_fc(x)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -569,7 +543,7 @@ class Block(model.Block):
         else:  # a variant does its own dropout
             branch, kept_of_attention = self.attn(y, None, taps), None
         x, y = _AddNorm.apply(x, branch, kept_of_attention, scale, self.ln_2.weight, self.ln_2.bias, False)
-        return x, self.mlp.c_proj(self.mlp.gelu(self.mlp.c_fc(y)))
+        return x, self.mlp.branch(y)
 
 
 class _Body:
@@ -650,7 +624,7 @@ def output_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, gr
     dx = torch.empty_like(x) if gradient else x.new_empty(0)
     dweight = torch.empty(half.shape, dtype=torch.float32, device=x.device) if gradient else weight.new_empty(0)
     lanes = min(LANES, triton.next_power_of_2(triton.cdiv(V, 8)))
-    programs = PROGRAMS * _processors(x.device) if V > 8 * lanes else len(x)  # a row of one tile stays in the cache anyway
+    programs = PROGRAMS * processors(x.device) if V > 8 * lanes else len(x)  # a row of one tile stays in the cache anyway
     for first in range(0, len(x), CHUNK):
         rows = slice(first, first + CHUNK)
         logits = x[rows] @ half.t()
@@ -711,7 +685,7 @@ def accelerate(network: nn.Module, dtype: torch.dtype, shadows: bool = True):
 
     `shadows` keeps each linear layer's weight in `dtype` beside it, which then needs `cast_weights`; without it autocast casts at every use.
     """
-    swaps = {nn.GELU: GELU, CausalSelfAttention: Attention, model.Block: Block, GPT: FusedGPT, ViT: FusedViT}
+    swaps = {nn.GELU: GELU, CausalSelfAttention: Attention, model.MLP: MLP, model.Block: Block, GPT: FusedGPT, ViT: FusedViT}
     for module in network.modules():
         module.__class__ = swaps.get(type(module), module.__class__)
     for block in network.transformer.h if shadows else ():
@@ -719,3 +693,4 @@ def accelerate(network: nn.Module, dtype: torch.dtype, shadows: bool = True):
             if type(module) is nn.Linear:
                 module.__class__ = Linear
                 module.half = module.weight.detach().to(dtype, copy=True)
+        block.mlp.inside = all(fused_mlp.applies(layer.half, layer.bias) for layer in (block.mlp.c_fc, block.mlp.c_proj))

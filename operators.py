@@ -1,4 +1,4 @@
-"""Functions as operators that the compiler calls and does not look into: what fused.py and prior.py declare their kernels with."""
+"""Functions as operators that the compiler calls and does not look into: what fused*.py and prior.py declare their kernels with."""
 
 import torch
 from torch.library import custom_op
@@ -10,6 +10,11 @@ def operator(function):
     """Decorator: `function` as the operator graph_diffusion::NAME, its arguments and results with the strides that they have without the compiler."""
     OPERATORS.append(custom_op(f"graph_diffusion::{function.__name__}", function, mutates_args=(), tags=(torch.Tag.needs_exact_strides,)))
     return OPERATORS[-1]
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 in Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def make_known():

@@ -1,7 +1,4 @@
-"""trials/fused_mlp.py against float64: on a GPU where there is one, else in Triton's interpreter on the CPU (conftest.py)."""
-
-import sys
-from pathlib import Path
+"""The MLP with GELU inside its products: the kernels against float64 on a Hopper GPU, what calls them also where there is none."""
 
 import pytest
 import torch
@@ -11,97 +8,130 @@ pytest.importorskip("triton", reason="the kernels need Triton: pip install -r re
 CUDA = torch.cuda.is_available()
 from test_fused import DEVICE, close  # noqa: E402
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "trials"))
-
 import fused  # noqa: E402
 import fused_mlp  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 
-# the interpreter truncates to bfloat16, a GPU rounds; a result between two numbers is off by half their distance, and h may round the other way
-DTYPE, ROUNDING = (torch.bfloat16, 2**-8) if CUDA else (torch.float16, 2**-10)
-SMALL = {"ROWS": 32, "COLUMNS": 64, "INNER": 16, "num_warps": 4, "num_stages": 3}
-FORMS = {
-    "whole tiles": {**SMALL, "PIECES": 1, "PER": 0},
-    "halves": {**SMALL, "PIECES": 2, "PER": 0},
-    "quarters, several tiles a program": {**SMALL, "PIECES": 4, "PER": 1},
-    "128 x 128": fused_mlp.FORWARD,
-    "flattened": {**fused_mlp.FORWARD, "PER": 2, "FLATTEN": True},
-    "pointers": SMALL,
-    "warps apart": {"WARPS": "apart"},
-}
-HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
-only = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU: the interpreter knows no Gluon")
-forms = pytest.mark.parametrize("form", [pytest.param(form, id=name, marks=only if "WARPS" in form else ()) for name, form in FORMS.items()])
-# whole tiles; edges in rows, columns and the inner dimension; rows too odd for TMA; fewer rows than a tile
-shapes = pytest.mark.parametrize("N, C, M", [(256, 64, 256), (200, 72, 264), (71, 40, 136), (37, 27, 101), (5, 16, 64)])
+HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU: Triton's interpreter knows no Gluon")
+dtypes = pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
+# whole tiles; many for a multiprocessor; edges in rows, columns and the inner dimension; fewer rows than a tile, one row
+shapes = pytest.mark.parametrize("N, C, M", [(256, 64, 256), (9000, 384, 1536), (200, 72, 264), (71, 40, 136), (5, 16, 64), (1, 8, 8)])
 
 
-def draw(N, C, M):
+def draw(N, C, M, dtype=torch.float32):
     torch.manual_seed(0)
-    x, up, down = torch.randn(N, C), torch.randn(M, C) / C**0.5, torch.randn(C, M) / M**0.5
-    return (2 * x).to(DEVICE, DTYPE), up.to(DEVICE, DTYPE), down.to(DEVICE, DTYPE), torch.randn(M, device=DEVICE)
+    x, up, down = 2 * torch.randn(N, C), torch.randn(M, C) / C**0.5, torch.randn(C, M) / M**0.5
+    return x.to(DEVICE, dtype), up.to(DEVICE, dtype), down.to(DEVICE, dtype)
 
 
 def slope(h):
     """Derivative of the exact GELU in float64."""
-    h = h.detach().double().requires_grad_()
-    return torch.autograd.grad(F.gelu(h).sum(), h)[0]
+    with torch.enable_grad():
+        h = h.detach().double().requires_grad_()
+        return torch.autograd.grad(F.gelu(h).sum(), h)[0]
 
 
-@forms
+@needs_hopper
+@dtypes
 @shapes
-@pytest.mark.parametrize("biased", [False, True])
-def test_product_and_gelu(monkeypatch, form, N, C, M, biased):
-    monkeypatch.setattr(fused_mlp, "FORWARD", form)
-    x, up, _, bias = draw(N, C, M)
-    if "WARPS" in form and (biased or C % 8):
-        pytest.skip("by the other kernels")
-    h, g = fused_mlp.linear_gelu(x, up, bias if biased else None)
-    exact = x.double() @ up.double().t() + (bias.double() if biased else 0)
-    assert h.shape == g.shape == (N, M) and h.dtype == g.dtype == DTYPE
-    close(h, exact, ROUNDING, 2e-5)  # beside the rounding of the result, that of a sum in float32
-    assert torch.equal(g, fused.gelu(h))
+def test_product_and_gelu(N, C, M, dtype, rounding):
+    x, up, _ = draw(N, C, M, dtype)
+    g, h = fused_mlp.linear_gelu(x, up, True)
+    assert h.shape == g.shape == (N, M) and h.dtype == g.dtype == dtype
+    close(h, x.double() @ up.double().t(), rounding, 2e-5)  # beside the rounding of the result, that of a sum in float32
+    assert torch.equal(g, fused_mlp.gelu(h))
+    alone, nothing = fused_mlp.linear_gelu(x, up, False)
+    assert torch.equal(alone, g) and nothing.numel() == 0
 
 
-@forms
+@needs_hopper
+@dtypes
 @shapes
-def test_product_times_the_derivative(monkeypatch, form, N, C, M):
-    monkeypatch.setattr(fused_mlp, "BACKWARD", form)
-    dy, _, down, _ = draw(N, C, M)
-    if "WARPS" in form and C % 8:
-        pytest.skip("by the other kernels")
-    h = (2 * torch.randn(N, M, device=DEVICE)).to(DTYPE)
-    product = dy.double() @ down.double()
-    exact = product * slope(h)
-    rounding = 2 * ROUNDING if "WARPS" in form else ROUNDING  # where warps hand the product on, it is rounded on the way
-    close(fused_mlp.linear_gelu_backward(dy, down, h), exact, rounding, 2e-5)
+def test_product_times_the_derivative(N, C, M, dtype, rounding):
+    dy, _, down = draw(N, C, M, dtype)
+    h = (2 * torch.randn(N, M, device=DEVICE)).to(dtype)
+    ours = fused_mlp.linear_gelu_backward(dy, down, h)
+    assert ours.shape == h.shape and ours.dtype == dtype
+    close(ours, dy.double() @ down.double() * slope(h), 2 * rounding, 2e-5)  # rounded as a product, and once more
+    assert torch.equal(ours, fused_mlp.linear_gelu_backward(dy, down, h))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_gradients_of_the_mlp(bias):
+@pytest.fixture
+def plain(monkeypatch):
+    """The two operators by plain torch, in the dtype of their arguments."""
+    monkeypatch.setattr(fused, "linear_gelu", lambda x, weight, keep: (F.gelu(x @ weight.t()), x @ weight.t() if keep else x.new_empty(0)))
+    monkeypatch.setattr(fused, "linear_gelu_backward", lambda dy, weight, h: (dy @ weight) * slope(h).to(dy.dtype))
+
+
+def test_gradients_go_where_they_belong(plain):
+    x, up, down = (t.requires_grad_() for t in draw(30, 24, 96))
+    dy = torch.randn_like(x)
+    fused._MLP.apply(x, up, up.detach().clone(), down, down.detach().clone(), True).backward(dy)
+    exact = [t.detach().double().requires_grad_() for t in (x, up, down)]
+    (F.gelu(exact[0] @ exact[1].t()) @ exact[2].t()).backward(dy.double())
+    for ours, reference in zip((x, up, down), exact):
+        close(ours.grad, reference.grad, 1e-4, 1e-5)
+
+
+@needs_hopper
+@dtypes
+def test_gradients_on_the_gpu(dtype, rounding):
     """Those that float64 has with a rounded h, up to the rounding of the results and of what they are made of."""
-    torch.manual_seed(0)
-    N, C, M = 70, 48, 192
-    c_fc, c_proj = fused.Linear(C, M, bias), fused.Linear(M, C, bias)
-    for layer in (c_fc.to(DEVICE), c_proj.to(DEVICE)):
-        torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        layer.half = layer.weight.detach().to(DTYPE)
-    x, dy = (torch.randn(2, N // 2, C, device=DEVICE).to(DTYPE) for _ in range(2))
-    y = fused_mlp.mlp(x.requires_grad_(), c_fc, c_proj)
+    x, up, down = draw(700, 48, 192)
+    dy = torch.randn(700, 48, device=DEVICE).to(dtype)
+    flat, up_half, down_half = x.to(dtype).requires_grad_(), up.to(dtype), down.to(dtype)
+    y = fused._MLP.apply(flat, up.requires_grad_(), up_half, down.requires_grad_(), down_half, True)
     y.backward(dy)
-    flat, dy, up, down = (t.detach().double() for t in (x.flatten(0, 1), dy.flatten(0, 1), c_fc.half, c_proj.half))
-    h = (flat @ up.t() + (c_fc.bias.detach().double() if bias else 0)).to(DTYPE).double()
-    g = F.gelu(h)
-    dh = (dy @ down) * slope(h)
-    exact = [(y, g @ down.t() + (c_proj.bias.detach().double() if bias else 0)), (x.grad, dh @ up), (c_fc.weight.grad, dh.t() @ flat)]
-    exact += [(c_proj.weight.grad, dy.t() @ g)] + ([(c_fc.bias.grad, dh.sum(0)), (c_proj.bias.grad, dy.sum(0))] if bias else [])
-    for ours, theirs in exact:
-        assert ours.dtype == (DTYPE if ours is y or ours is x.grad else torch.float32)
-        close(ours.flatten(0, -2) if ours.dim() == 3 else ours, theirs, 2 * ROUNDING, 2 * ROUNDING * float(theirs.abs().max()))
+    h = (flat.detach().double() @ up_half.double().t()).to(dtype).double()
+    g, dh = F.gelu(h), (dy.double() @ down_half.double()) * slope(h)
+    pairs = [
+        (y, g @ down_half.double().t()),
+        (flat.grad, dh @ up_half.double()),
+        (up.grad, dh.t() @ flat.detach().double()),
+        (down.grad, dy.double().t() @ g),
+    ]
+    for ours, reference in pairs:
+        close(ours, reference, 2 * rounding, 2 * rounding * float(reference.abs().max()))
 
 
+def small(**changes):
+    return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_embd": 16} | changes))
+
+
+@pytest.mark.parametrize("changes, dtype", [({}, torch.float32), ({"bias": True}, torch.bfloat16), ({"n_embd": 12}, torch.bfloat16)])
+def test_other_layers_keep_gelu_apart(changes, dtype):
+    """No float32, no bias, no row that TMA does not take; on any device."""
+    network = small(**changes).to(DEVICE)
+    fused.accelerate(network, dtype)
+    assert network.transformer.h[0].mlp.inside is False
+
+
+@pytest.mark.skipif(HOPPER, reason="this GPU has it")
+def test_only_hopper_has_it():
+    network = small().to(DEVICE)
+    fused.accelerate(network, torch.bfloat16)
+    assert network.transformer.h[0].mlp.inside is False
+
+
+@needs_hopper
+def test_a_network_has_gelu_inside_its_products(monkeypatch):
+    network, calls = small().to(DEVICE), []
+    fused.accelerate(network, torch.bfloat16)
+    kept = fused.linear_gelu
+    monkeypatch.setattr(fused, "linear_gelu", lambda x, weight, keep: calls.append(keep) or kept(x, weight, keep))
+    idx = torch.zeros(1, 8, dtype=torch.int64, device=DEVICE)
+    with torch.autocast("cuda", torch.bfloat16):
+        network(idx, idx)[1].backward()
+        with torch.no_grad():
+            network(idx, idx)
+    assert calls == [True, False]
+
+
+@needs_hopper
 def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
-    x, up, down, bias = draw(6, 16, 64)
+    x, up, down = draw(6, 16, 64, torch.bfloat16)
     checks = ("test_schema", "test_faketensor")
-    for b in (None, bias):
-        torch.library.opcheck(fused_mlp.linear_gelu, (x, up, b), test_utils=checks)
-    torch.library.opcheck(fused_mlp.linear_gelu_backward, (x, down, torch.randn(6, 64, device=DEVICE).to(DTYPE)), test_utils=checks)
+    for keep in (True, False):
+        torch.library.opcheck(fused_mlp.linear_gelu, (x, up, keep), test_utils=checks)
+    torch.library.opcheck(fused_mlp.linear_gelu_backward, (x, down, torch.randn(6, 64, device=DEVICE).to(x.dtype)), test_utils=checks)

@@ -1,11 +1,11 @@
-"""fused_mlp.py's two products once more, in Gluon, Triton's lower level, with the warps of a Hopper multiprocessor at three different tasks.
+"""fused_mlp.py's two products in Gluon, Triton's lower level, with the warps of a Hopper multiprocessor at three different tasks.
 
     1 warp       loads tiles of the factors by TMA, as far ahead as there are slots
     8 warps      multiply, and leave each finished tile in shared memory in half precision
     8 warps      store it, with GELU or multiplied by GELU's derivative, while the next tile is being multiplied
 
-So the arithmetic costs the tensor cores next to nothing, and a tile can be as large as registers allow, 128 x 256, where two programs on a
-multiprocessor with smaller tiles would read the factors from the cache a third more often. No bias. Triton's interpreter knows no Gluon.
+So the arithmetic costs the tensor cores little, and a tile can be as large as registers allow. Without GELU this product is as fast as cuBLAS's. What
+is left is mostly memory's: a second matrix stored forward, one more read backward. Triton's interpreter knows no Gluon.
 """
 
 from triton.experimental import gluon
@@ -13,13 +13,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fused import _processors
-from fused_mlp import _gelu_of, _slope
+from fused_mlp import slope, value
+from operators import processors
 
-ROWS, COLUMNS, INNER, PIECE = 128, 256, 64, 64
+# the newer names first: Gluon is an experimental part of Triton, which this was compiled with from 3.6 to 3.9
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+ROWS, COLUMNS, INNER = 128, 256, 64
 # Slots of the load queue, all that fit beside the finished tile; warps that finish, and their registers a thread: of the 96 that a thread of 20 warps
 # starts with, those who multiply get 160. An instruction for all 256 columns would need 154 at the start, so two make the tile.
 SLOTS, FINISHERS, REGISTERS = 3, 8, 64
+PIECE = {False: 32, True: 16}  # rows of a tile finished at a time, forward and backward: the most that leaves those registers enough
 
 
 @gluon.jit
@@ -34,11 +38,11 @@ def _load(a, b, lefts, rights, full, free, rows, columns, inner, ROWS: gl.conste
             slot = step % SLOTS
             mbarrier.wait(free.index(slot), (step // SLOTS + 1) & 1)  # of a new barrier the phase before the first counts as over
             mbarrier.expect(full.index(slot), (ROWS + COLUMNS) * INNER * 2)
-            tma.async_copy_global_to_shared(a, [row, k], full.index(slot), lefts.index(slot))
+            load(a, [row, k], full.index(slot), lefts.index(slot))
             if TRANSPOSED:
-                tma.async_copy_global_to_shared(b, [column, k], full.index(slot), rights.index(slot))
+                load(b, [column, k], full.index(slot), rights.index(slot))
             else:
-                tma.async_copy_global_to_shared(b, [k, column], full.index(slot), rights.index(slot))
+                load(b, [k, column], full.index(slot), rights.index(slot))
             step += 1
 
 
@@ -61,57 +65,56 @@ def _multiply(lefts, rights, whole, full, free, made, taken, rows, columns, inne
                 right = rights.index(slot)
             total = warpgroup_mma(lefts.index(slot), right, total, use_acc=k > 0, is_async=True)
             total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
-            gl.thread_barrier()  # both groups of four warps are done with the slot before
+            barrier()  # both groups of four warps are done with the slot before
             mbarrier.arrive(free.index((step + SLOTS - 1) % SLOTS), count=1, pred=k > 0)
             step += 1
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(free.index((step + SLOTS - 1) % SLOTS), count=1)
         mbarrier.wait(taken, (turn + 1) & 1)
         whole.store(total.to(whole.dtype))
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(made, count=1)
         turn += 1
 
 
 @gluon.jit
 def _finish(whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS: gl.constexpr, COLUMNS: gl.constexpr, PIECE: gl.constexpr,
-            GRADIENT: gl.constexpr, GELU: gl.constexpr):  # fmt: skip
-    """As fused_mlp's function of that name, PIECE columns at a time."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PIECE, PIECE // 8], [gl.num_warps(), 1], [1, 0])
+            GRADIENT: gl.constexpr, KEEP: gl.constexpr):  # fmt: skip
+    """Stores h (with KEEP) and its GELU, or with GRADIENT the tile times GELU's derivative at h; PIECE rows at a time, each by one warp at once."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
     across = gl.cdiv(columns, COLUMNS)
     turn = 0
     for tile in range(gl.program_id(0), gl.cdiv(rows, ROWS) * across, gl.num_programs(0)):
-        row = tile // across * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))[:, None]
-        first = tile % across * COLUMNS + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))[None, :]
-        start = row.to(gl.int64) * columns + first
-        for piece in gl.static_range(COLUMNS // PIECE):
-            i = start + piece * PIECE
-            mask = (row < rows) & (first + piece * PIECE < columns)
-            if GRADIENT and GELU:
+        row = tile // across * ROWS + gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout))[:, None]
+        column = tile % across * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))[None, :]
+        for piece in gl.static_range(ROWS // PIECE):
+            i = (row + piece * PIECE).to(gl.int64) * columns + column
+            mask = (row + piece * PIECE < rows) & (column < columns)
+            if GRADIENT:
                 x = gl.load(h_ptr + i, mask=mask, other=0.0).to(gl.float32)  # before the wait, beside which it arrives
             if piece == 0:
                 mbarrier.wait(made, turn & 1)
-            half = whole.slice(piece * PIECE, PIECE, dim=1).load(layout)
-            if piece == COLUMNS // PIECE - 1:
-                gl.thread_barrier()
+            half = whole.slice(piece * PIECE, PIECE, dim=0).load(layout)
+            if piece == ROWS // PIECE - 1:
+                barrier()
                 mbarrier.arrive(taken, count=1)
             if GRADIENT:
-                product = half.to(gl.float32)
-                if GELU:
-                    product *= _slope(x)
-                gl.store(out_ptr + i, product.to(half.dtype), mask=mask)
+                gl.store(out_ptr + i, (half.to(gl.float32) * slope(x)).to(half.dtype), mask=mask)
             else:
-                gl.store(h_ptr + i, half, mask=mask)
-                if GELU:
-                    gl.store(out_ptr + i, _gelu_of(half.to(gl.float32)).to(half.dtype), mask=mask)
+                if KEEP:
+                    gl.store(h_ptr + i, half, mask=mask)
+                gl.store(out_ptr + i, value(half.to(gl.float32)).to(half.dtype), mask=mask)
         turn += 1
 
 
 @gluon.jit
 def _product(a, b, h_ptr, out_ptr, rows, columns, inner, ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr, PIECE: gl.constexpr,
-             SLOTS: gl.constexpr, FINISHERS: gl.constexpr, REGISTERS: gl.constexpr, GRADIENT: gl.constexpr, GELU: gl.constexpr):  # fmt: skip
-    """As fused_mlp's kernel of that name, a and b by TMA descriptors, h and out by pointers."""
+             SLOTS: gl.constexpr, FINISHERS: gl.constexpr, REGISTERS: gl.constexpr, GRADIENT: gl.constexpr, KEEP: gl.constexpr):  # fmt: skip
+    """a (rows, inner) times b, (columns, inner) or with GRADIENT (inner, columns), TMA descriptors; tile by tile, finished as above.
+
+    Tiles of the same rows follow each other: their rows of a are in the cache then, and all of b, a weight, always is.
+    """
     lefts = gl.allocate_shared_memory(a.dtype, [SLOTS] + a.block_type.shape, a.layout)
     rights = gl.allocate_shared_memory(b.dtype, [SLOTS] + b.block_type.shape, b.layout)
     whole = gl.allocate_shared_memory(a.dtype, [ROWS, COLUMNS], gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], a.dtype))
@@ -127,7 +130,7 @@ def _product(a, b, h_ptr, out_ptr, rows, columns, inner, ROWS: gl.constexpr, COL
     gl.warp_specialize(
         [
             (_multiply, (lefts, rights, whole, full, free, made, taken, rows, columns, inner, ROWS, COLUMNS, INNER, SLOTS, not GRADIENT)),
-            (_finish, (whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS, COLUMNS, PIECE, GRADIENT, GELU)),
+            (_finish, (whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS, COLUMNS, PIECE, GRADIENT, KEEP)),
             (_load, (a, b, lefts, rights, full, free, rows, columns, inner, ROWS, COLUMNS, INNER, SLOTS, not GRADIENT)),
         ],
         [FINISHERS, 1],
@@ -135,13 +138,13 @@ def _product(a, b, h_ptr, out_ptr, rows, columns, inner, ROWS: gl.constexpr, COL
     )
 
 
-def run(a, b, h, out, gradient: bool, gelu: bool = True, slots: int = SLOTS, finishers: int = FINISHERS, registers: int = REGISTERS):
-    """a (N, K) times b, (M, K) or with `gradient` (K, M): fills h and out (N, M), or reads h and fills out."""
-    rows, columns = h.shape
+def product(a, b, h, out, gradient: bool):
+    """a (N, K) times b, (M, K) or with `gradient` (K, M): fills out (N, M), and h if it is not empty; with `gradient` reads h."""
+    rows, columns = out.shape
     shapes = [ROWS, INNER], [INNER, COLUMNS] if gradient else [COLUMNS, INNER]
-    form = gl.NVMMASharedLayout.get_default_for([ROWS, INNER], gl.bfloat16 if a.element_size() == 2 else gl.float32)
-    a, b = (TensorDescriptor.from_tensor(t, shape, form) for t, shape in zip((a, b), shapes))
+    form = gl.NVMMASharedLayout.get_default_for([ROWS, INNER], gl.bfloat16)  # of float16 too: the size of an element counts
+    left, right = (TensorDescriptor.from_tensor(factor, shape, form) for factor, shape in zip((a, b), shapes))
     tiles = -(-rows // ROWS) * -(-columns // COLUMNS)
-    _product[(min(tiles, _processors(h.device)),)](
-        a, b, h, out, rows, columns, a.shape[1], ROWS, COLUMNS, INNER, PIECE, slots, finishers, registers, gradient, gelu, num_warps=8
-    )  # fmt: skip
+    sizes = ROWS, COLUMNS, INNER, PIECE[gradient], SLOTS, FINISHERS, REGISTERS
+    grid = (min(tiles, processors(out.device)),)
+    _product[grid](left, right, h, out, rows, columns, a.size(1), *sizes, gradient, h.numel() > 0, num_warps=8)

@@ -1,0 +1,143 @@
+"""GELU in Triton for half precision on CUDA: as passes of its own, and inside the products of an MLP, C -> 4 C -> GELU -> C, on Hopper GPUs.
+
+Apart, GELU reads the result of the product before it from memory again, and its gradient that of the product behind it. fused_mlp_hopper.py applies
+GELU to a tile of that product while the next tile is being multiplied, and multiplies the gradient's tile by GELU's derivative likewise. Times in
+LOG.md. tests/test_fused.py and tests/test_fused_mlp.py compare with float64, and GELU inside with GELU apart to the bit.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from operators import operator
+from place import say
+
+
+@triton.jit
+def _tail(x):
+    """Upper tail of the standard normal at |x| and exp(-x^2 / 2), by Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7).
+
+    These functions are bound by arithmetic, not by memory: exp2 and the inverse by rsqrt are one instruction each, exp and a division five and nine.
+    """
+    r = tl.rsqrt(1 + 0.23164189 * tl.abs(x))  # 0.3275911 / sqrt(2)
+    t = r * r
+    e = tl.exp2(x * x * -0.7213475204444817)  # log2(e) / 2
+    return e * (t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))), e
+
+
+@triton.jit
+def value(x):
+    """x Phi(x) of float32."""
+    tail, _ = _tail(x)
+    return tl.maximum(x, 0.0) - tl.abs(x) * tail
+
+
+@triton.jit
+def slope(x):
+    """Its derivative, Phi(x) + x phi(x)."""
+    tail, e = _tail(x)
+    return tl.where(x < 0, tail, 1 - tail) + x * e * 0.3989422804014327
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Passes
+
+
+@triton.jit
+def _gelu(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, value(tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)), mask=i < n)
+
+
+@triton.jit
+def _gelu_backward(dy_ptr, x_ptr, dx_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + i, dy * slope(x), mask=i < n)
+
+
+@operator
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """x Phi(x) of a tensor of any shape, in its dtype."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _gelu[(triton.cdiv(x.numel(), 4096),)](x, y, x.numel(), BLOCK=4096)
+    return y
+
+
+@operator
+def gelu_backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """dy (Phi(x) + x phi(x))."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    _gelu_backward[(triton.cdiv(x.numel(), 1024),)](dy, x, dx, x.numel(), BLOCK=1024)
+    return dx
+
+
+gelu.register_fake(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
+gelu_backward.register_fake(lambda dy, x: torch.empty_like(x, memory_format=torch.contiguous_format))
+gelu.register_autograd(
+    lambda ctx, dy: gelu_backward(dy, *ctx.saved_tensors), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Inside the products
+
+
+def applies(half: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the products below take a linear layer with this cast of its weight: on Hopper GPUs, with rows of a multiple of 16 bytes, no bias."""
+    if half.device.type != "cuda" or half.dtype == torch.float32 or bias is not None or any(size % 8 for size in half.shape):
+        return False
+    return _works(half.device, half.dtype)
+
+
+@functools.cache
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the products run there, tried on small ones; says why not on a Hopper GPU."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    x = torch.arange(128, device=device, dtype=dtype).view(8, 16) / 64 - 1
+    try:
+        g, h = linear_gelu(x, x, True)
+        product, dh = x @ x.t(), linear_gelu_backward(x, x.t().contiguous(), h)
+        pairs = (h, product), (g, gelu(h)), (dh, gelu_backward(product, h))
+        why = "" if all(torch.allclose(ours, reference, rtol=0.02, atol=0.02) for ours, reference in pairs) else "its results are wrong"
+    except Exception as e:  # Gluon is an experimental part of Triton, and another release of it may fail in any way
+        why = f"{type(e).__name__}: {e}".splitlines()[0]
+    if why:
+        say(f"note: GELU stays outside the MLP's products, with Triton {triton.__version__}: {why}")
+    return not why
+
+
+@operator
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (N, K), weight (M, K) -> GELU of h = x weight^T rounded to x's dtype, (N, M), and with `keep` (else empty) h."""
+    from fused_mlp_hopper import product
+
+    g = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+    h = torch.empty_like(g) if keep else g.new_empty(0)
+    product(x.contiguous(), weight.contiguous(), h, g, gradient=False)
+    return g, h
+
+
+@operator
+def linear_gelu_backward(dy: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """dy (N, C), weight (C, M), h (N, M) -> gradient of h, dy weight rounded to h's dtype times GELU's derivative at h, (N, M)."""
+    from fused_mlp_hopper import product
+
+    dh, h = torch.empty_like(h, memory_format=torch.contiguous_format), h.contiguous()
+    product(dy.contiguous(), weight.contiguous(), h, dh, gradient=True)
+    return dh
+
+
+@linear_gelu.register_fake
+def _(x, weight, keep):
+    g = x.new_empty(len(x), len(weight))
+    return g, torch.empty_like(g) if keep else g.new_empty(0)
+
+
+linear_gelu_backward.register_fake(lambda dy, weight, h: torch.empty_like(h, memory_format=torch.contiguous_format))
