@@ -23,8 +23,8 @@ def load(name):
     return module
 
 
-NAMES = ("lambda_map", "alpha_curve", "map_select", "map_table", "tuned", "front_page", "steps_to_reach", "branches", "seeds_needed")
-lambda_map, alpha_curve, map_select, map_table, tuned, front_page, steps_to_reach, branches, seeds_needed = map(load, NAMES)
+NAMES = ("lambda_map", "alpha_curve", "map_select", "map_table", "tuned", "front_page", "steps_to_reach", "branches", "seeds_needed", "across")
+lambda_map, alpha_curve, map_select, map_table, tuned, front_page, steps_to_reach, branches, seeds_needed, across = map(load, NAMES)
 
 
 def report_of(cells) -> dict:
@@ -391,3 +391,52 @@ def test_branches_by_kind_of_head(tmp_path):
     for damaged in ({}, {"arms": {"b": {"cells": [{}]}}, "provenance": {"configs": {"b": {}}}}):
         with pytest.raises(InputError, match="is not one of a comparison"):
             branches.read(tmp_path, damaged)
+
+
+def comparison_of(arms: dict[str, dict], **changes) -> dict:
+    """A report of {arm: {"config": keys that differ, seed: last loss or None}}."""
+    config = {"diffusion": False, "learning_rate": 1.0, "max_iters": 9, "out_dir": "x"}
+    report = {"endpoint": "last", "arms": {}, "provenance": {"configs": {}, "data_sha256": {"val_sha256": "v"}, "versions": {"torch": "2"}}}
+    for name, arm in arms.items():
+        cells = [{"seed": s, **({"diverged_at": 1} if v is None else {"val_loss": v})} for s, v in arm.items() if s != "config"]
+        report["arms"][name], report["provenance"]["configs"][name] = {"cells": cells}, config | arm["config"]
+    report["provenance"] |= {"device": "d", "code_sha256": "c"} | changes
+    return report
+
+
+def test_arms_of_several_comparisons(tmp_path, capsys):
+    faster = {"config": {"diffusion": True, "learning_rate": 2.0}, 1: 5.0}
+    first = comparison_of({"half": {"config": {"diffusion": True}, 1: 1.0, 2: 2.0, 3: None}, "half 2": faster})
+    second = comparison_of({"all": {"config": {"diffusion": True}}, "A": {"config": {"out_dir": "y"}, 3: 3.0, 2: 2.5, 1: 1.25}}, code_sha256="other")
+    for name, report in (("one", first), ("two", second)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    across.main([str(tmp_path / "one"), str(tmp_path / "two")])
+    found = json.loads((tmp_path / "one" / "across.json").read_text())
+    assert list(found["arms"]) == ["A", "half", "half 2", "all"] and not (tmp_path / "two" / "across.json").exists()
+    assert list(found["pairs"])[:4] == ["half − A", "half 2 − A", "all − A", "half 2 − half"] and found["pairs"]["all − A"]["mean"] is None
+    assert found["pairs"]["half − A"]["seeds"] == [1, 2] and found["pairs"]["half − A"]["differences"] == [-0.25, -0.5]
+    assert found["pairs"]["half 2 − half"]["mean"] == 4.0 and found["pairs"]["half 2 − half"]["interval"] is None
+    text = (tmp_path / "one" / "across.md").read_text()
+    assert text == capsys.readouterr().out and "different versions of the code" in text and "| half − A       | 2       | -0.3750 |" in text
+    assert across.together([first, comparison_of({"A": {"config": {}, 1: 1.0}})])[2] is True
+
+
+def test_comparisons_that_do_not_belong_together():
+    one = comparison_of({"half": {"config": {"diffusion": True}, 1: 1.0}, "A": {"config": {}, 1: 1.0}})
+    for other, message in (
+        (comparison_of({"B": {"config": {"max_iters": 8}, 1: 1.0}}), "differ in max_iters: 9 and 8"),
+        (comparison_of({"B": {"config": {"learning_rate": 2.0}, 1: 1.0}}), "differ in learning_rate: 1.0 and 2.0"),
+        (comparison_of({"B": {"config": {}, 1: 1.0}}, device="e"), "differ in device: d and e"),
+        (comparison_of({"B": {"config": {}, 1: 1.0}}, versions={"torch": "3"}), "differ in torch: 2 and 3"),
+        (comparison_of({"B": {"config": {}, 1: 1.0}}, data_sha256={}), "differ in data"),
+        (comparison_of({"B": {"config": {}, 1: 1.0}}) | {"endpoint": "best"}, "differ in endpoint: last and best"),
+        (comparison_of({"A": {"config": {}, 1: 1.0}}), "arm A is in two of the reports"),
+        ({}, "is not one of compare.py"),
+        ([], "is not one of compare.py"),
+    ):
+        with pytest.raises(InputError, match=message):
+            across.together([one, other])
+    for arguments in (["one"], [], ["a", "-b"]):
+        with pytest.raises(InputError, match="name directories with a report.json"):
+            across.main(arguments)
