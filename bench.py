@@ -101,7 +101,11 @@ from train import build, make_model
 
 CLOCK = time.perf_counter
 # kinds of kernels (CPU: operations) by their names, the first that fits
-KERNELS = {"attention": r"sdpa|flash|fmha|cudnn::fusion|attention|_attend", "matrix products": r"gemm|nvjet|cutlass|cublas|mkldnn|aten::(add|b)?mm$"}
+KERNELS = {
+    "attention": r"sdpa|flash|fmha|cudnn::fusion|attention|_attend",
+    "matrix products": r"gemm|nvjet|cutlass|cublas|mkldnn|aten::(add|b)?mm$",
+    "products with GELU inside": r"^_product$",
+}
 
 
 def recipe(bench: BenchConfig, arm: str, folder: Path) -> TrainConfig:
