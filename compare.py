@@ -128,7 +128,7 @@ import evaluate
 from dataset import ROOT, incomplete, prepare_if_missing, read_meta, sha256_of, write_file
 from evaluate import save_figure
 from place import find_place, say
-from train import Diverged, Interrupted, build, check_prior, train
+from train import SCHEDULE, Diverged, Interrupted, build, check_prior, rescheduled, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -143,6 +143,7 @@ ENDPOINTS = {
 # keys that cannot change a run's losses, so a cell may be used again when they differ; data and device are told by checksum and name
 HARMLESS = {"out_dir", "overwrite", "seed", "dataset", "log_interval", "always_save_checkpoint", "device", "eval_only", "probe_interval"}
 HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
+SHARED = SCHEDULE | HARMLESS - {"dataset", "device"} | {"eval_interval"}  # keys by which arms of one program may differ
 FRONTIER = ("noise 1 RMS", "attack 0.1, 10 steps")  # the perturbations of frontier.png
 
 
@@ -185,6 +186,15 @@ def fingerprint(config: TrainConfig, data: dict, device: str, evaluators: list[s
 def of_seed(config: TrainConfig, seed: int) -> TrainConfig:
     """The config of one cell: {seed} in init_from is its seed."""
     return dataclasses.replace(config, init_from=config.init_from.replace("{seed}", str(seed)))
+
+
+def sharing(arms: dict[str, TrainConfig]) -> list[list[str]]:
+    """The arms in groups that one program serves: those that differ in keys which it reads anew at every step, as a learning rate, or never."""
+    groups = {}
+    for name, config in arms.items():
+        fixed = {key: value for key, value in dataclasses.asdict(config).items() if key not in SHARED}
+        groups.setdefault(json.dumps(fixed), []).append(name)
+    return list(groups.values())
 
 
 def given_weights(init_from: str) -> dict:
@@ -243,7 +253,7 @@ def interrupted_at(directory: Path, expected: dict, save: bool) -> int | None:
 
 
 def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[str, list[dict]]:
-    """Runs the cells that are not there yet, one program per arm; under torchrun this process's share. Returns all results per arm."""
+    """Runs the cells that are not there yet, arms that can share a program do; under torchrun this process's share. Returns results per arm."""
     out_dir = Path(comparison.out_dir)
     if (out_dir / "metrics.jsonl").exists():
         raise InputError(f"--out_dir={out_dir} holds a run of train.py: name another directory for the comparison")
@@ -275,27 +285,32 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         done = len(cells) - len(missing)
         say(f"data: {read_meta(arms[cells[0][0]].dataset)[1].get('source', 'unnamed')}")
         say(f"{len(arms)} arms x {len(seeds)} seeds = {len(cells)} runs, {done} of them finished before; {place[cells[0][0]].name()} -> {out_dir}")
-    # cut from all cells, since processes that start later see fewer missing ones, and into blocks, so that each process builds few of the arms
+    # cut from all cells, since processes that start later see fewer missing ones, and into blocks, so that each process builds few programs
+    groups = sharing(arms)
+    ordered = [(name, seed) for names in groups for name in names for seed in seeds]
     share = np.array_split(np.arange(len(cells)), world)[rank]
-    mine, finished, began = [cells[i] for i in share if cells[i] in missing], 0, time.perf_counter()
-    for name, config in arms.items():
-        own = [cell for cell in mine if cell[0] == name]
+    mine, finished, began = [ordered[i] for i in share if ordered[i] in missing], 0, time.perf_counter()
+    for names in groups:
+        own = [cell for cell in mine if cell[0] in names]
         if not own:
             continue
-        began_arm = time.perf_counter()
+        began_group = time.perf_counter()
         kept = comparison.save_checkpoints or not comparison.evaluators  # else last/ is written once, and removed
-        changes = {"overwrite": True, "always_save_checkpoint": config.always_save_checkpoint and kept}
-        program = build(dataclasses.replace(of_seed(config, own[0][1]), **changes), place[name])
-        setup = time.perf_counter() - began_arm
+        configs = {(name, seed): of_seed(arms[name], seed) for name, seed in own}
+        for cell, config in configs.items():
+            configs[cell] = dataclasses.replace(config, overwrite=True, always_save_checkpoint=config.always_save_checkpoint and kept)
+        program = build(configs[own[0]], place[own[0][0]])
+        setup = time.perf_counter() - began_group
         for cell in own:
-            if config.init_from != of_seed(config, cell[1]).init_from:
-                program = program._replace(weights=checkpoint.starting_weights(of_seed(config, cell[1]))[1])
+            if configs[cell].init_from != program.config.init_from:
+                program = program._replace(weights=checkpoint.starting_weights(configs[cell])[1])
+            program = rescheduled(program, **{key: getattr(configs[cell], key) for key in SHARED | {"init_from"}})
             directory, late = path[cell].parent, None
             start, save = program, comparison.save_checkpoints or bool(comparison.evaluators)
             step = interrupted_at(directory, expected[cell], save)
             if step is not None:
                 start = program._replace(config=dataclasses.replace(program.config, init_from="resume"))
-                say(f"{name}, seed {cell[1]}: goes on from step {step}")
+                say(f"{cell[0]}, seed {cell[1]}: goes on from step {step}")
             try:
                 result = train(start, cell[1], directory, save=save, quiet=True, fingerprint=expected[cell])
                 late = result.pop("signal")  # in the run's last step or evaluation
@@ -306,20 +321,20 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
                 words = f"best {result['best_val_loss']:.4f} at step {result['best_step']}, last {result['val_loss']:.4f}, {result['seconds']:.1f} s"
             except Diverged as error:
                 result, late, words = {"diverged_at": error.step}, error.signal, f"DIVERGED: {error}"
-            result |= {"arm": name, "seed": cell[1], "mode": program.mode}
+            result |= {"arm": cell[0], "seed": cell[1], "mode": program.mode}
             write_file(path[cell], (json.dumps({"fingerprint": expected[cell], "result": result}, indent=1) + "\n").encode())
             if not comparison.save_checkpoints:  # those of an interruption, or for evaluate.py
                 checkpoint.remove(directory / "best")
                 checkpoint.remove(directory / "last")
             finished += 1
             left = timedelta(seconds=round((time.perf_counter() - began) / finished * (len(mine) - finished)))
-            say(f"[{finished}/{len(mine)}] {name}, seed {cell[1]}: {words}" + (f"; left about {left}" if finished < len(mine) else ""))
+            say(f"[{finished}/{len(mine)}] {cell[0]}, seed {cell[1]}: {words}" + (f"; left about {left}" if finished < len(mine) else ""))
             if late:
                 raise Interrupted(late, "after a finished run")
-        say(f"{name}: {program.mode}, {setup:.1f} s to build")
+        say(f"{', '.join(dict.fromkeys(name for name, _ in own))}: {program.mode}, {setup:.1f} s to build")
         del program
         gc.collect()
-        torch.compiler.reset()  # the compiler keeps a limited number of variants of one function, and the next arm is another function
+        torch.compiler.reset()  # the compiler keeps a limited number of variants of one function, and the next program is another function
     if world > 1:
         ours = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would have to wait for the barrier's end
         dist.init_process_group("gloo", timeout=timedelta(days=7))

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
         command_line = configure(TrainConfig)
 
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -48,6 +49,7 @@ GRAPH_TOKENS = 65536  # tokens a step up to which launching kernels takes so lon
 CONTINUED = {"max_iters", "lr_decay_iters", "learning_rate", "min_lr", "decay_lr", "warmup_iters", "batch_size", "gradient_accumulation_steps"}
 CONTINUED |= {"weight_decay", "beta1", "beta2", "grad_clip", "dtype", "flip", "crop_pad", "embed_noise", "label_smoothing"}
 CONTINUED |= {field.name for field in dataclasses.fields(TrainConfig) if field.name.startswith("prior_")}
+SCHEDULE = {"learning_rate", "min_lr", "decay_lr", "warmup_iters", "lr_decay_iters"}  # keys that a step reads anew
 SMALLEST_SCALE = 2.0**-24  # of float16 losses: below it the smallest float16 number stands for the whole loss, and no step can succeed any more
 
 
@@ -82,6 +84,12 @@ class Program(NamedTuple):
     step: Callable
     evaluate: Callable
     mode: str
+
+
+def rescheduled(program: Program, **changes) -> Program:
+    """The same program with other values of keys that the loop reads, or a step anew (SCHEDULE): nothing is compiled again."""
+    config = dataclasses.replace(program.config, **changes)
+    return program._replace(config=config, step=functools.partial(program.step, schedule=config))
 
 
 def make_model(config: TrainConfig, data: Tokens | Pictures) -> GPT | ViT:
@@ -216,14 +224,14 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
             graph.replay()
             return results
 
-    def step(seed: int, i: int):
+    def step(seed: int, i: int, schedule: TrainConfig = config):
         batch = data.draw(seed, i, rows)
         for examples, micro_batch in zip(drawn, micro_batches):
             fresh = torch.from_numpy(batch[micro_batch])
             examples.copy_(fresh.pin_memory() if examples.is_cuda else fresh, non_blocking=True)  # else the CPU waits here for the last step's end
         key = np.random.SeedSequence([seed, DROPOUT_STREAM, i, place.rank]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(key >> 1))  # the global generators serve dropout, and with the keys of prior.py what is drawn there, first
-        set_learning_rate(optimizer, learning_rate(config, i))
+        set_learning_rate(optimizer, learning_rate(schedule, i))
         if extra:
             objective.set_step(i)
         model.train()

@@ -825,3 +825,27 @@ def test_a_report_of_something_else_is_never_replaced(arms, tmp_path, name, monk
 def test_a_committed_report_of_the_same_arms_may_be_made_again(undisturbed, arms, tmp_path):
     shutil.copy(undisturbed[0] / "report.json", tmp_path)
     assert losses(run(tmp_path, *arms)) == losses(undisturbed[1])
+
+
+def test_arms_that_differ_in_their_schedule_share_a_program_and_come_out_as_alone(tmp_path, arms, monkeypatch):
+    base, laplacian = arms
+    rates = [f"{arm} --learning_rate={rate}" for rate in (1e-2, 3e-2) for arm in (base, laplacian)] + [f"{base} --warmup_iters=5 --min_lr=1e-3"]
+    built, kept = [], compare.build
+    monkeypatch.setattr(compare, "build", lambda config, place: built.append(config.diffusion) or kept(config, place))
+    together = run(tmp_path / "together", *rates, seeds=2)
+    assert built == [False, True], "five arms, two programs"
+    for i, arm in enumerate(rates):
+        alone = run(tmp_path / str(i), arm, base + " --max_iters=4" if i else laplacian, seeds=2)
+        name = list(together["arms"])[i]
+        ours, theirs = (report["arms"][n]["cells"] for report, n in ((together, name), (alone, next(iter(alone["arms"])))))
+        assert [cell["curve"] for cell in ours] == [cell["curve"] for cell in theirs]
+    curves = [json.dumps([cell["curve"] for cell in arm["cells"]]) for arm in together["arms"].values()]
+    assert len(set(curves)) == len(rates), "and differ from each other"
+
+
+@pytest.mark.parametrize(
+    "key, value", [("weight_decay", 0.2), ("batch_size", 4), ("dropout", 0.2), ("diffusion_alpha", 0.5), ("max_iters", 8), ("eval_tokens", 64)]
+)
+def test_arms_that_differ_in_what_a_program_is_made_of_have_one_each(arms, key, value):
+    _, configs = parse([arms[1], f"{arms[1]} --{key}={value}"])
+    assert [len(names) for names in compare.sharing(configs)] == [1, 1]
