@@ -1,9 +1,9 @@
 """Arms of several comparisons, every pair of them: python studies/across.py results/gpt2_own_rates results/gpt2
 
-Reads the report.json of each and writes across.json and across.md into the first directory: the endpoint of every arm, and the paired difference of
-every two over the seeds that both have; arms without diffusion come first. Refuses reports that do not belong together: other data, endpoint, torch
-or kind of device, an arm that is in two of them, a key of the recipe that differs though no report tells its arms apart by it. Code may differ, and
-then the table says so.
+Reads the report.json of each and writes across.json, across.md and across.png into the first directory: the endpoint of every arm, the paired
+difference of every two over the seeds that both have, and their curves; arms without diffusion come first. Refuses reports that do not belong
+together: other data, endpoint, torch or kind of device, an arm that is in two of them on the same seed, a key of the recipe that differs though no
+report tells its arms apart by it. Code may differ, and then the table says so.
 """
 
 import itertools
@@ -14,38 +14,50 @@ from reports import read_reports, run
 from configurator import InputError
 
 
-def together(reports: list[dict]) -> tuple[str, dict[str, dict[int, float]], bool]:
-    """(endpoint, {arm: {seed: its value}}, whether all reports are of the same code). Raises InputError."""
-    from compare import ENDPOINTS, HARMLESS
+def together(reports: list[dict]) -> tuple[dict, bool]:
+    """(one report: the `endpoint`, `commands` and `arms` of all, with their cells alone; whether all are of the same code). Raises InputError."""
+    from compare import HARMLESS
 
     def alike(what: str, values: list):
         if any(value != values[0] for value in values):
             raise InputError(f"the reports differ in {what}: {' and '.join(dict.fromkeys(map(str, values)))}")
 
-    arms, configs = {}, []
+    cells, recipes, tell = {}, {}, set()
     try:
-        endpoint = reports[0]["endpoint"]
-        _, key, _, _ = ENDPOINTS[endpoint]
-        alike("endpoint", [report["endpoint"] for report in reports])
         sources = [report["provenance"] for report in reports]
+        alike("endpoint", [report["endpoint"] for report in reports])
         alike("data", [source["data_sha256"] for source in sources])
         alike("torch", [source["versions"]["torch"] for source in sources])
         alike("device", [source["device"] for source in sources])
         for report, source in zip(reports, sources):
+            own = {name: {key: value for key, value in source["configs"][name].items() if key not in HARMLESS} for name in report["arms"]}
+            first, *others = own.values()
+            tell |= {key for other in others for key in first if other[key] != first[key]}
             for name, arm in report["arms"].items():
-                if name in arms:
-                    raise InputError(f"arm {name} is in two of the reports")
-                arms[name] = {cell["seed"]: cell[key] + 0.0 for cell in arm["cells"] if "diverged_at" not in cell}
-            configs.append([{k: v for k, v in source["configs"][name].items() if k not in HARMLESS} for name in report["arms"]])
-        tell = {k for some in configs for one, other in itertools.pairwise(some) for k in one if one[k] != other[k]}
-        for k in configs[0][0]:
-            if k not in tell:
-                alike(k, [config[k] for some in configs for config in some])
-        same = len({source["code_sha256"] for source in sources}) == 1
-        diffuses = {name: source["configs"][name]["diffusion"] for report, source in zip(reports, sources) for name in report["arms"]}
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                if recipes.setdefault(name, own[name]) != own[name]:
+                    raise InputError(f"arm {name} is in two of the reports with different recipes")
+                if {cell["seed"] for cell in arm["cells"]} & {cell["seed"] for cell in cells.setdefault(name, [])}:
+                    raise InputError(f"arm {name} is in two of the reports on the same seed")
+                cells[name] += arm["cells"]
+        for key in next(iter(recipes.values())).keys() - tell:
+            alike(key, [recipe[key] for recipe in recipes.values()])
+        names = sorted(cells, key=lambda name: recipes[name]["diffusion"])
+        whole = {"endpoint": reports[0]["endpoint"], "arms": {name: {"cells": cells[name]} for name in names}}
+        whole["commands"] = [source["command"] + "" for source in sources]
+        return whole, len({source["code_sha256"] for source in sources}) == 1
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
         raise InputError(f"a report is not one of compare.py ({type(error).__name__}: {error})") from None
-    return endpoint, {name: arms[name] for name in sorted(arms, key=diffuses.get)}, same
+
+
+def endpoints(whole: dict) -> dict[str, dict[int, float]]:
+    """{arm: {seed: the endpoint's value}}, without runs that diverged. Raises InputError."""
+    from compare import ENDPOINTS
+
+    try:
+        key = ENDPOINTS[whole["endpoint"]][1]
+        return {name: {cell["seed"]: cell[key] + 0.0 for cell in arm["cells"] if "diverged_at" not in cell} for name, arm in whole["arms"].items()}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"a report is not one of compare.py ({type(error).__name__}: {error})") from None
 
 
 def differences(arms: dict[str, dict[int, float]]) -> dict[str, dict]:
@@ -82,14 +94,18 @@ def tables(endpoint: str, arms: dict, pairs: dict, same: bool) -> str:
 def main(arguments: list[str]):
     """Raises InputError."""
     found = read_reports(arguments, __doc__, 2, 9)
-    endpoint, arms, same = together([report for _, report in found])
+    whole, same = together([report for _, report in found])
+    arms = endpoints(whole)
     pairs = differences(arms)
+    from compare import draw_curves
     from dataset import write_file
 
-    text = tables(endpoint, arms, pairs, same)
-    contents = {"reports": [folder.as_posix() for folder, _ in found], "endpoint": endpoint, "same_code": same, "arms": arms, "pairs": pairs}
+    text = tables(whole["endpoint"], arms, pairs, same)
+    contents = {"reports": [folder.name for folder, _ in found], "commands": whole["commands"]}
+    contents |= {"endpoint": whole["endpoint"], "same_code": same, "arms": arms, "pairs": pairs}
     write_file(found[0][0] / "across.json", (json.dumps(contents, indent=1) + "\n").encode())
     write_file(found[0][0] / "across.md", text.encode())
+    draw_curves(found[0][0] / "across.png", {name: arm["cells"] for name, arm in whole["arms"].items()})
     print(text, end="")
 
 

@@ -6,6 +6,7 @@ between A - I and A, for every seed, with its mean and 95 % t interval, one pane
 
 from pathlib import Path
 
+from across import endpoints, together
 from reports import read_report, run
 
 from configurator import InputError
@@ -16,49 +17,55 @@ ROWS = [
     (
         "Pictures: ImageNet at 16 × 16, 200 classes, 10.7 M parameters, top-1 in per cent, each arm at the rate tuned for it (1e-3 for both)",
         "ImageNet 16 × 16, tuned",
-        "imagenet16",
+        ("imagenet16",),
         ("imagenet16_learning_rate=1e-3", "imagenet16_laplacian_learning_rate=1e-3"),
     ),
     (
-        "Text: GPT-2 124M, 100 M tokens of a corpus of 32 M, mostly film reviews, last validation loss, tuned: 6e-4 for A, 1.2e-3 for A − I",
-        "GPT-2 124M, tuned",
-        "gpt2",
-        ("gpt2_100m_learning_rate=6e-4", "gpt2_100m_laplacian_learning_rate=1.2e-3"),
+        "Text: GPT-2 124M, 100 M tokens of a corpus of 32 M, mostly film reviews, last validation loss, learning rate 1.2e-3 for both",
+        "GPT-2 124M, rate 1.2e-3",
+        ("gpt2_own_rates", "gpt2"),
+        ("gpt2_100m_learning_rate=1.2e-3", "gpt2_100m_laplacian_learning_rate=1.2e-3"),
     ),
     (
-        "the same with A − I in **half of the heads**, six of twelve in every layer, tuned: 1.2e-3",
-        "GPT-2 124M, half of the heads, tuned",
-        "gpt2",
-        ("gpt2_100m_learning_rate=6e-4", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=1.2e-3"),
+        "the same with A − I in **half of the heads**, six of twelve in every layer",
+        "GPT-2 124M, half of the heads, 1.2e-3",
+        ("gpt2_own_rates", "gpt2"),
+        ("gpt2_100m_learning_rate=1.2e-3", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=1.2e-3"),
+    ),
+    (
+        "half of the heads again, 6e-4 (nanoGPT's rate) for both",
+        "GPT-2 124M, half of the heads, 6e-4",
+        ("gpt2_own_rates", "gpt2"),
+        ("gpt2_100m_learning_rate=6e-4", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=6e-4"),
     ),
     (
         "Text: Shakespeare's characters, 10.65 M parameters, learning rate 1e-3 (nanoGPT's) for both",
         "Shakespeare, nanoGPT's rate",
-        "shakespeare_char_own_rate",
+        ("shakespeare_char_own_rate",),
         ("shakespeare_char", "shakespeare_char_laplacian"),
     ),
     (
         "the same, each arm at the rate tuned for it: 4e-3 for A, 2e-3 for A − I",
         "Shakespeare, tuned",
-        "shakespeare_char_tuned",
+        ("shakespeare_char_tuned",),
         ("shakespeare_char_learning_rate=4e-3", "shakespeare_char_laplacian_learning_rate=2e-3"),
     ),
     (
         "a small model for 1000 steps on a CPU (the quick recipe below)",
         "small text model",
-        "heads_quick",
+        ("heads_quick",),
         ("quick", "quick_laplacian"),
     ),
     (
         "the same small model, each arm at its tuned rate: 8e-3 for A, 4e-3 for A − I",
         "small text model, tuned",
-        "alpha_quick_tuned",
+        ("alpha_quick_tuned",),
         ("quick_learning_rate=0.008", "quick_laplacian_learning_rate=0.004"),
     ),
     (
         "Pictures: scikit-learn's digits, 0.15 M parameters on a CPU, best validation loss, tuned: 4e-3 for A, 8e-3 for A − I",
         "digits, tuned",
-        "vision_quick",
+        ("vision_quick",),
         ("quick_vision_learning_rate=4e-3", "quick_vision_laplacian_learning_rate=8e-3"),
     ),
 ]
@@ -76,35 +83,41 @@ def words(value: float, digits: int, sign: str = "") -> str:
 
 
 def entries() -> list[dict]:
-    """What each row is made of. Raises InputError when a report does not hold what ROWS says."""
+    """What each row is made of, from the cells of its reports. Raises InputError when they do not hold what ROWS says."""
+    from compare import paired_difference, summary
+
     found = []
-    for question, short, directory, names in ROWS:
-        _, report = read_report([str(RESULTS / directory)], __doc__)
+    for question, short, directories, names in ROWS:
+        reports = [read_report([str(RESULTS / directory)], __doc__)[1] for directory in directories]
+        where = " and ".join(f"results/{directory}/report.json" for directory in directories)
         try:
-            key, factor, digits, axis, more = ENDPOINTS[report["endpoint"]]
-            arms, pair = [report["arms"][name] for name in names], report["pairs"][names[1]]
-            difference = pair[report["endpoint"]]
-            if pair["baseline"] != names[0] or any(arm["diverged"] or arm["n"] != difference["n"] for arm in arms):
-                raise InputError(f"results/{directory}/report.json: the arms are not a baseline and its pair, all finished")
+            whole, _ = together(reports)
+            values = endpoints(whole)
+            a, b = (values[name] for name in names)
+            if not a or a.keys() != b.keys() or any("diverged_at" in cell for name in names for cell in whole["arms"][name]["cells"]):
+                raise InputError("the arms do not have the same seeds, all finished")
+            _, factor, digits, axis, more = ENDPOINTS[whole["endpoint"]]
+            arms = [[factor * arm[seed] for seed in sorted(a)] for arm in (a, b)]
+            difference = paired_difference(*arms)
             found.append(
                 {
                     "question": question,
                     "short": short,
-                    "directory": directory,
+                    "link": f"results/{directories[0]}/{'report' if len(directories) == 1 else 'across'}.md",
                     "axis": axis,
                     "digits": digits,
                     "more": more,
                     "n": difference["n"],
-                    "arms": [(factor * arm[key]["mean"], factor * arm[key]["sd"]) for arm in arms],
-                    "mean": factor * difference["mean"],
-                    "interval": [factor * end for end in difference["interval"]],
-                    "seeds": [factor * one for _, one in zip(range(difference["n"]), difference["differences"], strict=True)],
-                    "command": report["provenance"]["command"],
+                    "arms": [(of["mean"], of["sd"]) for of in map(summary, arms)],
+                    "mean": difference["mean"],
+                    "interval": difference["interval"],
+                    "seeds": difference["differences"],
+                    "commands": whole["commands"],
                 }
             )
             row(found[-1])  # whose numbers are numbers
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"results/{directory}/report.json is not the one of this table ({type(error).__name__}: {error})") from None
+        except (InputError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{where}: not what this table is made of ({type(error).__name__}: {error})") from None
     return found
 
 
@@ -122,7 +135,7 @@ def row(entry: dict) -> str:
     a, laplacian = (f"{words(mean, digits)} ± {words(sd, digits)}" for mean, sd in entry["arms"])
     low, high = entry["interval"]
     difference = f"**{words(entry['mean'], digits, '+')} ({words(low, digits, '+')} to {words(high, digits, '+')})**: {verdict(entry)}"
-    return f"| {entry['question']} | {entry['n']} | {a} | {laplacian} | {difference} | [report](results/{entry['directory']}/report.md) |"
+    return f"| {entry['question']} | {entry['n']} | {a} | {laplacian} | {difference} | [report]({entry['link']}) |"
 
 
 def draw(path: Path, found: list[dict]):
@@ -163,7 +176,7 @@ def main(arguments: list[str]):
         raise InputError(f"front_page.py takes no arguments, not {arguments[0]!r}")
     found = entries()
     draw(RESULTS / "front_page.png", found)
-    commands = dict.fromkeys(entry["command"] for entry in found)  # rows of one report have one
+    commands = dict.fromkeys(command for entry in found for command in entry["commands"])  # rows of one report have one
     print(*map(row, found), "", *commands, "", "results/front_page.png", sep="\n")
 
 

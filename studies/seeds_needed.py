@@ -1,12 +1,13 @@
-"""How many seeds an answer needs: python studies/seeds_needed.py results/gpt2
+"""How many seeds an answer needs: python studies/seeds_needed.py results/gpt2 [results/...]
 
-Reads report.json of a comparison and prints, from the standard deviation of each arm's paired differences of the endpoint, the number of paired seeds
-at which the two-sided paired t test at 5 % finds a true difference of a given size, in the endpoint's unit (nats; accuracies as shares), with a
-probability of 80 %. A standard deviation from few
-seeds is itself uncertain: of three, its 95 % interval goes from half to six times of what is stated, and the counts with its square.
+Reads report.json of a comparison, or of several that belong together (across.py), and prints, from the standard deviation of each pair's differences
+of the endpoint, the number of paired seeds at which the two-sided paired t test at 5 % finds a true difference of a given size, in the endpoint's
+unit (nats; accuracies as shares), with a probability of 80 %. A standard deviation from few seeds is itself uncertain: of three, its 95 % interval
+goes from half to six times of what is stated, and the counts with its square.
 """
 
-from reports import read_report, run
+from across import differences, endpoints, together
+from reports import read_reports, run
 
 from configurator import InputError
 
@@ -60,7 +61,13 @@ def table(report: dict) -> str:
 
 def main(arguments: list[str]):
     """Raises InputError."""
-    print(table(read_report(arguments, __doc__)[1]))
+    found = [report for _, report in read_reports(arguments, __doc__, 1, 9)]
+    report = found[0]
+    if len(found) > 1:
+        whole, _ = together(found)
+        pairs = differences(endpoints(whole))
+        report = {"endpoint": whole["endpoint"], "pairs": {name: {whole["endpoint"]: pair} for name, pair in pairs.items()}}
+    print(table(report))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""How many steps an arm needs for the baseline's loss: python studies/steps_to_reach.py results/gpt2
+"""How many steps an arm needs for the baseline's loss: python studies/steps_to_reach.py results/gpt2 [results/...]
 
 Reads report.json of a comparison and writes steps.json and steps.md beside it. For every arm and seed the target is the higher of the two best
 validation losses, the arm's and the baseline's, which both reach; the step at which a curve first reaches it is interpolated between evaluations.
 The ratio is the baseline's steps by the arm's: above 1 the arm is faster. Mean and 95 % t interval are those of its logarithm over seeds, so the
 mean is a geometric one. A pair of which one curve begins at the target or below has no ratio and is left out.
+
+With several directories the arms of all of them (across.py), and the files go into the first.
 
 All runs have the schedule of their full length. A run planned for fewer steps would have a lower rate by then, and a lower loss.
 """
@@ -11,7 +13,8 @@ All runs have the schedule of their full length. A run planned for fewer steps w
 import json
 import math
 
-from reports import read_report, run
+from across import together
+from reports import read_reports, run
 
 from configurator import InputError
 
@@ -66,7 +69,9 @@ def table(found: dict[str, dict], baseline: str) -> str:
 
 def main(arguments: list[str]):
     """Raises InputError."""
-    folder, report = read_report(arguments, __doc__)
+    (folder, report), *others = read_reports(arguments, __doc__, 1, 9)
+    if others:
+        report, _ = together([report, *(other for _, other in others)])
     found = ratios(report)
     from dataset import write_file
 

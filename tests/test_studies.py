@@ -282,21 +282,22 @@ def test_what_has_no_best_rate():
 
 
 def test_the_first_page_refuses_what_is_not_its_report(tmp_path, monkeypatch):
-    committed = {directory: (front_page.RESULTS / directory / "report.json").read_text() for *_, directory, _ in front_page.ROWS}
+    reports = {directory: (front_page.RESULTS / directory / "report.json").read_text() for *_, some, _ in front_page.ROWS for directory in some}
     monkeypatch.setattr(front_page, "RESULTS", tmp_path)
-    for directory, text in committed.items():
+    for directory, text in reports.items():
         (tmp_path / directory).mkdir(exist_ok=True)
         (tmp_path / directory / "report.json").write_text(text)
     assert len(front_page.entries()) == len(front_page.ROWS)
-    *_, directory, (_, name) = front_page.ROWS[0]
+    *_, (directory,), (_, name) = front_page.ROWS[0]
     for damage in (
-        lambda report: report["pairs"].pop(name),
-        lambda report: report["arms"][name].update(n=5),
-        lambda report: report["arms"][name]["top1"].update(sd="x"),
-        lambda report: report["pairs"][name]["top1"].update(interval=[1.0]),
-        lambda report: report["pairs"][name]["top1"].update(differences=[1.0]),
+        lambda report: report["arms"].pop(name),
+        lambda report: report["arms"][name]["cells"].pop(),
+        lambda report: report["arms"][name]["cells"][0].update(top1="x"),
+        lambda report: report["arms"][name]["cells"][0].update(diverged_at=3),
+        lambda report: report["provenance"].pop("command"),
+        lambda report: report.update(endpoint="x"),
     ):
-        report = json.loads(committed[directory])
+        report = json.loads(reports[directory])
         damage(report)
         (tmp_path / directory / "report.json").write_text(json.dumps(report))
         with pytest.raises(InputError, match=f"results/{directory}/report.json"):
@@ -398,9 +399,10 @@ def comparison_of(arms: dict[str, dict], **changes) -> dict:
     config = {"diffusion": False, "learning_rate": 1.0, "max_iters": 9, "out_dir": "x"}
     report = {"endpoint": "last", "arms": {}, "provenance": {"configs": {}, "data_sha256": {"val_sha256": "v"}, "versions": {"torch": "2"}}}
     for name, arm in arms.items():
-        cells = [{"seed": s, **({"diverged_at": 1} if v is None else {"val_loss": v})} for s, v in arm.items() if s != "config"]
+        made = {s: {"diverged_at": 1} if v is None else {"val_loss": v, "curve": [[0, 9.0], [9, v]]} for s, v in arm.items() if s != "config"}
+        cells = [{"seed": s, **cell} for s, cell in made.items()]
         report["arms"][name], report["provenance"]["configs"][name] = {"cells": cells}, config | arm["config"]
-    report["provenance"] |= {"device": "d", "code_sha256": "c"} | changes
+    report["provenance"] |= {"device": "d", "code_sha256": "c", "command": "python compare.py"} | changes
     return report
 
 
@@ -413,13 +415,16 @@ def test_arms_of_several_comparisons(tmp_path, capsys):
         (tmp_path / name / "report.json").write_text(json.dumps(report))
     across.main([str(tmp_path / "one"), str(tmp_path / "two")])
     found = json.loads((tmp_path / "one" / "across.json").read_text())
-    assert list(found["arms"]) == ["A", "half", "half 2", "all"] and not (tmp_path / "two" / "across.json").exists()
+    assert list(found["arms"]) == ["A", "half", "half 2", "all"] and not list((tmp_path / "two").glob("across*"))
     assert list(found["pairs"])[:4] == ["half − A", "half 2 − A", "all − A", "half 2 − half"] and found["pairs"]["all − A"]["mean"] is None
     assert found["pairs"]["half − A"]["seeds"] == [1, 2] and found["pairs"]["half − A"]["differences"] == [-0.25, -0.5]
     assert found["pairs"]["half 2 − half"]["mean"] == 4.0 and found["pairs"]["half 2 − half"]["interval"] is None
     text = (tmp_path / "one" / "across.md").read_text()
     assert text == capsys.readouterr().out and "different versions of the code" in text and re.search(r"\| half − A +\| 2 +\| -0\.3750 \|", text)
-    assert across.together([first, comparison_of({"all": faster, "A": {"config": {}, 1: 1.0}})])[2] is True
+    more = comparison_of({"all": faster, "half": {"config": {"diffusion": True, "learning_rate": 1.0}, 4: 7.0}})
+    assert (tmp_path / "one" / "across.png").read_bytes().startswith(b"\x89PNG")
+    whole, same = across.together([first, more])
+    assert same and across.endpoints(whole)["half"] == {1: 1.0, 2: 2.0, 4: 7.0}, "seeds of one arm from two reports"
 
 
 def test_comparisons_that_do_not_belong_together():
@@ -431,7 +436,8 @@ def test_comparisons_that_do_not_belong_together():
         (comparison_of({"B": {"config": {}, 1: 1.0}}, versions={"torch": "3"}), "differ in torch: 2 and 3"),
         (comparison_of({"B": {"config": {}, 1: 1.0}}, data_sha256={}), "differ in data"),
         (comparison_of({"B": {"config": {}, 1: 1.0}}) | {"endpoint": "best"}, "differ in endpoint: last and best"),
-        (comparison_of({"A": {"config": {}, 1: 1.0}}), "arm A is in two of the reports"),
+        (comparison_of({"A": {"config": {}, 1: 1.0}}), "arm A is in two of the reports on the same seed"),
+        (comparison_of({"A": {"config": {"diffusion": True}, 2: 1.0}}), "arm A is in two of the reports with different recipes"),
         ({}, "is not one of compare.py"),
         ([], "is not one of compare.py"),
     ):
