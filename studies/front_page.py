@@ -22,7 +22,7 @@ ROWS = [
     ),
     (
         "Text: GPT-2 124M, 100 M tokens of a corpus of 32 M, mostly film reviews, last validation loss, learning rate 1.2e-3 for both",
-        "GPT-2 124M, rate 1.2e-3",
+        "GPT-2 124M, all heads, 1.2e-3",
         ("gpt2_own_rates", "gpt2"),
         ("gpt2_100m_learning_rate=1.2e-3", "gpt2_100m_laplacian_learning_rate=1.2e-3"),
     ),

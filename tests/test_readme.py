@@ -105,7 +105,7 @@ def test_the_words_about_pictures_are_the_committed_reports():
     a, b = (arm["cells"] for arm in report["arms"].values())
     assert min(pair["top1"]["differences"]) > 0 and max(pair["last"]["differences"]) < 0 and pair["top1"]["n"] == 6
     assert f"Its loss, which is secondary, ends {-pair['last']['mean']:.3f} nats lower" in IN_RESULTS
-    assert f"among the {len(report_of('heads_rates')['arms'])} runs of one seed" in IN_RESULTS
+    assert f"on one other seed ({len(report_of('heads_rates')['arms'])} runs," in IN_RESULTS
     first = [sum(next(loss for step, loss, *_ in cell["curve"] if step == 500) for cell in arm) for arm in (a, b)]
     assert all(len(arm) == 6 for arm in (a, b)) and first[1] < first[0]
     found = {name: arm["top1"]["mean"] for name, arm in rates["arms"].items()}
@@ -119,32 +119,80 @@ def test_the_words_about_pictures_are_the_committed_reports():
         assert max((name for name in found if name.startswith(f"{arm}_learning")), key=found.get) == f"{arm}_learning_rate=1e-3"
 
 
-def test_the_words_about_gpt2_are_the_committed_reports():
+@pytest.fixture(scope="module")
+def across():
+    """The three studies of GPT-2: arm and rate -> {seed: last loss}, and the words of a paired difference."""
+    found = {}
+    for name in ("gpt2", "gpt2_own_rates", "gpt2_edge"):
+        for arm, entry in report_of(name)["arms"].items():
+            found[arm.removeprefix("gpt2_100m_")] = {cell["seed"]: cell["val_loss"] for cell in entry["cells"]}
+    assert len(found) == 7
+    return found
+
+
+def paired(a: dict, b: dict) -> tuple[float, float, float]:
+    """Mean and 95 % t interval of b - a over seeds."""
+    assert a.keys() == b.keys()
+    low, high = stats.ttest_1samp([b[seed] - a[seed] for seed in a], 0).confidence_interval(0.95)
+    return (low + high) / 2, low, high
+
+
+HALF, ALL = "laplacian_diffusion_heads=6_learning_rate=", "laplacian_learning_rate="
+
+
+def test_the_table_of_gpt2_by_rate_is_the_committed_reports(across):
+    def cell(values):
+        mean = words(sum(values.values()) / len(values))
+        return mean if len(values) == 1 else f"{mean} ± {stats.tstd(list(values.values())):.4f}"
+
+    def against(arm, rate):
+        a, b = across[f"learning_rate={rate}"], across[arm + rate]
+        return "{} ({} to {})".format(*(words(x, "+") for x in paired(a, b))) if len(a) > 1 else words(b[1] - a[1], "+")
+
+    rates = "6e-4", "1.2e-3", "2.4e-3"
+    rows = [["A", *(cell(across[f"learning_rate={rate}"]) for rate in rates)], ["half of the heads", *(cell(across[HALF + rate]) for rate in rates)]]
+    rows += [["A − I in all heads", "", cell(across[ALL + "1.2e-3"]), ""], ["half of the heads against A", *(against(HALF, rate) for rate in rates)]]
+    rows += [["A − I against A", "", against(ALL, "1.2e-3"), ""]]
+    for row in rows:
+        assert re.sub(" +", " ", f"| {' | '.join(row)} |") in RESULTS
+    for arm, rate, sign in ((HALF, "6e-4", -1), (HALF, "1.2e-3", -1), (HALF, "2.4e-3", -1), (ALL, "1.2e-3", 1)):
+        assert all(sign * (across[arm + rate][seed] - loss) > 0 for seed, loss in across[f"learning_rate={rate}"].items()), "on every seed"
+    assert all(across[arm + "2.4e-3"][1] < across[arm + "1.2e-3"][1] for arm in ("learning_rate=", HALF)), "better still"
+
+
+def test_the_words_about_gpt2_are_the_committed_reports(across):
     sys.path.append(str(ROOT / "studies"))
     from seeds_needed import SIZES, seeds
 
     report, rates = report_of("gpt2"), report_of("gpt2_rates")
-    steps, branches = (json.loads((ROOT / "results" / "gpt2" / f"{name}.json").read_text()) for name in ("steps", "branches"))
+    branches = json.loads((ROOT / "results" / "gpt2" / "branches.json").read_text())
     a, everywhere, half = report["arms"]
     assert (a, half) == ("gpt2_100m_learning_rate=6e-4", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=1.2e-3")
-    means = [words(arm["val_loss"]["mean"]) for arm in report["arms"].values()]
-    pairs = [report["pairs"][name]["last"] for name in (everywhere, half)]
-    ends = ["{} ({} to {})".format(*(words(x, "+") for x in (pair["mean"], *pair["interval"]))) for pair in pairs]
-    sentence = "A {}, A − I {}, by {} undecided, half of the heads {}, by {} better, on every seed by {:.3f} or more"
-    least = math.floor(-1000 * max(pairs[1]["differences"])) / 1000
-    assert sentence.format(means[0], means[1], ends[0], means[2], ends[1], least) in IN_RESULTS
-    assert f"end lower by {-pairs[1]['mean']:.3f} after 100 M tokens" in IN_README
-    assert f"How much of the {-pairs[1]['mean']:.3f} is the learning rate" in IN_README
-    assert f"Three seeds allow no p below {pairs[1]['sign_flip_p']:g}," in IN_README and [pair["n"] for pair in pairs] == [3, 3]
+    small, large = across["learning_rate=6e-4"], across["learning_rate=1.2e-3"]
+    leads = [-paired(across[f"learning_rate={rate}"], across[HALF + rate])[0] for rate in ("1.2e-3", "6e-4")]
+    assert "by {:.3f} at a rate of 1.2e-3 and by {:.3f} at 6e-4, on every seed".format(*leads) in IN_README
+    assert 0.025 < min(leads) and max(leads) < 0.045 and "by 0.03 to 0.04 nats, on three seeds at each of two learning rates" in IN_README
+    behind = paired(large, across[ALL + "1.2e-3"])
+    assert f"in all heads ends behind A at 1.2e-3, by {behind[0]:.3f}." in IN_README
+    once, gain = -paired(small, across[HALF + "1.2e-3"])[0], paired(large, small)
+    assert f"half of the heads win by {once:.3f}; {gain[0]:.3f} of that was the learning rate" in IN_README
+    assert f"**A lead of {once:.3f} that was not.**" in RESULTS and f"half of the heads led by {once:.4f}, and" in IN_RESULTS
+    undecided = paired(small, across[ALL + "1.2e-3"])
+    assert "A − I was undecided, {} ({} to {})".format(*(words(x, "+") for x in undecided)) in IN_RESULTS
+    assert "A is better at 1.2e-3 by {:.4f} ({:.4f} to {:.4f})".format(*gain) in IN_RESULTS
+    edge = [across[arm + "2.4e-3"][1] for arm in ("learning_rate=", HALF)]
+    assert "2.4e-3 is better still for A ({:.4f}) and for half of the heads ({:.4f})".format(*edge) in IN_README
+    assert f"they are {edge[0] - edge[1]:.3f} apart" in IN_README
+    assert "Three seeds allow no p below 0.25," in IN_README and len(small) == len(large) == 3
 
     def ratio(entry):
         return "{:.2f} ({:.2f} to {:.2f})".format(entry["mean"], *entry["interval"])
 
-    assert f"reach A's last loss in {ratio(steps[half])} times fewer steps" in IN_README
+    steps = json.loads((ROOT / "results" / "gpt2_own_rates" / "steps.json").read_text())
+    assert f"at 1.2e-3 they reach A's last loss in {ratio(steps[half])} times fewer steps" in IN_README
     assert f"{ratio(steps[half])} times fewer ([table]" in IN_RESULTS and f"A − I in all heads: {ratio(steps[everywhere])}." in IN_RESULTS
-    assert "A's last loss after {:,.0f} steps on average instead of {:,.0f}:".format(
-        *(sum(steps[half][key]) / 3 for key in ("arm_steps", "baseline_steps"))
-    ) in IN_RESULTS
+    whole = "At 1.2e-3 half of the heads reach A's last loss after {:,.0f} steps on average instead of {:,.0f}:"
+    assert whole.format(*(sum(steps[half][key]) / 3 for key in ("arm_steps", "baseline_steps"))) in IN_RESULTS
     others = [json.loads((ROOT / "results" / name / "steps.json").read_text()) for name in ("imagenet16", "shakespeare_char_own_rate")]
     others.append(json.loads((ROOT / "results" / "shakespeare_char_tuned" / "steps.json").read_text()))
     sentence = "On ImageNet the ratio is {} for A − I, on Shakespeare {} at the same rate and {} at tuned ones."
@@ -155,16 +203,11 @@ def test_the_words_about_gpt2_are_the_committed_reports():
     sentence = "A {}, {} and {} (and {} at 3e-4), A − I {}, {} and {}, half of the heads {}, {} and {}."
     flat = [words(x) for x in (*by_rate[0], losses["gpt2_100m_learning_rate=3e-4"], *by_rate[1], *by_rate[2])]
     assert sentence.format(*flat) in IN_RESULTS and len(losses) == 10 and [arm["n"] for arm in rates["arms"].values()] == [1] * 10
-    assert all(mixed < plain for plain, mixed in zip(by_rate[0], by_rate[2])) and f"at 6e-4 by {by_rate[0][0] - by_rate[2][0]:.4f}" in IN_RESULTS
-    assert f"where A was worse at 1.2e-3 than at 6e-4, by {by_rate[0][1] - by_rate[0][0]:.3f}," in IN_README
+    assert by_rate[0][1] > by_rate[0][0] and gain[1] > 0 and gain[0] > max(*leads, behind[0]), "wrong, by more than any difference between arms"
     curves = {name: [dict(cell["curve"]) for cell in arm["cells"]] for name, arm in report["arms"].items()}
     falls = [f"{sum(curve[step] for curve in curves[a]) / 3:.2f}" for step in (327, 436)]
-    assert "between steps 327 and 436 (A from {} to {})".format(*falls) in IN_RESULTS
+    assert "between steps 327 and 436 (A at 6e-4 from {} to {})".format(*falls) in IN_RESULTS
     assert all(curve[436] < curve[327] - 0.25 for some in curves.values() for curve in some)
-    for name, tuned in ((a, by_rate[0][0]), (everywhere, by_rate[1][1]), (half, by_rate[2][1])):
-        assert all((curve[327] + curve[436]) / 2 < tuned for curve in curves[name]), "the tuning ends above"
-    at = {name: {step: sum(curve[step] for curve in some) for step in some[0]} for name, some in curves.items()}
-    assert all(at[half][step] < at[other][step] for other in (a, everywhere) for step in at[a] if step)
     tuning = {name: arm["best_val_loss"]["mean"] for name, arm in report_of("heads_rates")["arms"].items()}
     best = {}
     for name, loss in tuning.items():
@@ -190,13 +233,13 @@ def test_the_words_about_gpt2_are_the_committed_reports():
     assert sentence in IN_RESULTS and silent["n"] == 8
     rates = {name: arm["best_val_loss"]["mean"] for name, arm in report_of("silent_quick_rates")["arms"].items()}
     assert min(rates, key=rates.get).endswith("rate=8e-3") and len(rates) == 4, "no edge"
-    assert f"by {-pairs[1]['mean']:.2f} nats on three seeds" in IN_README
 
-    counts = [[seeds(size, pair["sd"]) for size in SIZES[:3]] for pair in pairs]
-    sentence = "for A − I, two arms that differ by 0.02 need {2} paired seeds for a power of 80 %, by 0.01 {1} and by 0.005 {0};"
+    spread = [stats.tstd([across[arm + "1.2e-3"][seed] - large[seed] for seed in large]) for arm in (ALL, HALF)]
+    counts = [[seeds(size, sd) for size in SIZES[:3]] for sd in spread]
+    sentence = "two arms that differ by 0.02 need {2} paired seeds for a power of 80 %, by 0.01 {1} and by 0.005 {0};"
     assert sentence.format(*counts[0]) in IN_RESULTS and SIZES[:3] == (0.005, 0.01, 0.02)
     assert "it is {2}, {1} and {0} (`".format(*counts[1]) in IN_RESULTS
-    assert f"these differences, {pairs[0]['sd']:.4f} for A − I" in IN_RESULTS and f"that of the mixture, {pairs[1]['sd']:.4f}," in IN_RESULTS
+    assert f"these differences at 1.2e-3, {spread[0]:.4f} for A − I" in IN_RESULTS and f"that of the mixture, {spread[1]:.4f}," in IN_RESULTS
 
     def flops(c) -> int:
         """Network.flops_per_token of a config without biases, without making its weights."""
@@ -205,11 +248,27 @@ def test_the_words_about_gpt2_are_the_committed_reports():
 
     small = GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=24)
     assert flops(small) == GPT(small).flops_per_token()
-    ours, large = (flops(build(TrainConfig, [str(ROOT / "config" / f"{name}.py")], [])) for name in ("gpt2_100m", "gpt2_1b3"))
+    ours, largest = (flops(build(TrainConfig, [str(ROOT / "config" / f"{name}.py")], [])) for name in ("gpt2_100m", "gpt2_1b3"))
     mfu = 65536 / report["arms"][a]["ms"]["mean"] * 1e3 * ours / PEAK_FLOPS["H100"]
-    hours = 118e6 * large / (mfu * PEAK_FLOPS["H100"]) / 3600
+    hours = 118e6 * largest / (mfu * PEAK_FLOPS["H100"]) / 3600
     assert f"takes {hours:.2f} hours of an H100 at the MFU of these runs ({100 * mfu:.0f} %," in IN_RESULTS
-    assert f"nine pairs and one pass are {18 * hours:.0f} GPU-hours, 28 pairs {56 * hours:.0f}." in IN_RESULTS and counts[0][1:] == [28, 9]
+    assert f"eight pairs and one pass are {16 * hours:.0f} GPU-hours, 54 pairs {108 * hours:.0f}." in IN_RESULTS
+    assert (counts[0][1], counts[1][1]) == (54, 8)
+
+
+def test_the_table_of_some_heads_is_the_committed_report():
+    report = report_of("heads")
+    arms = {name: {cell["seed"]: cell["best_val_loss"] for cell in arm["cells"]} for name, arm in report["arms"].items()}
+    (a, *_), rows = arms, RESULTS[RESULTS.index("| A − I in | rate |") :].partition("\n\n")[0].splitlines()[2:]
+    for row, (name, values) in zip(rows, arms.items(), strict=True):
+        _, _, rate, loss, against, _ = (part.strip() for part in row.split("|"))
+        assert name.endswith(f"_learning_rate={rate}") and loss == f"{words(sum(values.values()) / 3)} ± {stats.tstd(list(values.values())):.4f}"
+        assert against == ("" if name == a else "{} ({} to {})".format(*(words(x, "+") for x in paired(arms[a], values))))
+    mixed = [values for name, values in arms.items() if re.search(r"heads=\d_", name)]
+    whole = next(values for name, values in arms.items() if name.startswith("shakespeare_char_laplacian_learning"))
+    ahead = [sum(values[seed] < base[seed] for values in mixed for seed in base) for base in (arms[a], whole)]
+    assert len(mixed) == 5 and "ahead of A on average, in {} of 15 pairs, and ahead of A − I in {} of 15".format(*ahead) in IN_RESULTS
+    assert all(sum(values.values()) < sum(arms[a].values()) for values in mixed)
 
 
 def test_no_committed_result_names_a_path_of_the_machine_it_was_made_on():
