@@ -405,6 +405,28 @@ def test_the_speed_of_gpus_is_the_committed_benchmarks():
         assert f"| {label}: one alone, two together | {cells} |\n" in SPEED
 
 
+def test_the_speed_with_gelu_inside_is_the_committed_benchmarks():
+    def rows(name):
+        found = json.loads((ROOT / "results" / "bench" / f"h100_{name}.json").read_text())["rows"]
+        return [(f"{row['ms']['median']:.{1 if 'gpt2' in name else 2}f}", f"{row['tokens_per_s'] / 1000:.0f}", row) for row in found]
+
+    (apart, slow, _), (inside, fast, _) = rows("inside_gpt2")
+    assert f"| a step of GPT-2 124M (64 × 1024 tokens) | | {apart} | {inside} | {slow} and {fast} thousand tokens/s |\n" in SPEED
+    (plain, slow, one), (a, fast, other) = rows("plain_gpt2")
+    memory = f"{one['peak_gib']:.1f} and {other['peak_gib']:.1f} GiB"
+    assert f"| the same, other runs | {plain} | | {a} | {slow} and {fast} thousand tokens/s; {memory} |\n" in SPEED
+    assert f"a step of GPT-2 takes {a} ms against {plain} in nanoGPT's way" in IN_README
+    (a, _, _), (laplacian, _, row) = rows("train_gpt2")
+    more = f"A − I {laplacian}, {100 * (row['ratio']['median'] - 1):.1f} % more; {row['peak_gib']:.1f} GiB"
+    assert f"| the same, A against A − I | | | {a} | {more} |\n" in SPEED
+    (apart, _, _), (inside, _, _) = rows("inside_shakespeare_char")
+    assert f"| a step of `shakespeare_char` (64 × 256 characters) | | {apart} | {inside} | |\n" in SPEED
+    assert f"one of `shakespeare_char` {inside} against {apart} with GELU outside" in IN_README
+    (apart, _, row), (inside, _, _) = rows("inside_imagenet16")
+    products = f"matrix products alone {row['kernels_ms']['matrix products']:.2f}"
+    assert f"| a step of `imagenet16` (512 pictures) | | {apart} | {inside} | {products} |\n" in SPEED
+
+
 @pytest.mark.parametrize("text", ["wikitext2", "shakespeare"])
 def test_the_table_of_the_barrier_is_the_committed_report(text, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "studies"))
