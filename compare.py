@@ -107,11 +107,14 @@ if __name__ == "__main__":  # before torch is imported
 
 import gc
 import hashlib
+import itertools
 import json
+import math
 import os
 import platform
 import signal
 import subprocess
+import textwrap
 import time
 from datetime import timedelta
 
@@ -606,18 +609,26 @@ def provenance(arms: dict[str, TrainConfig], device: str, source: str, data: dic
     }
 
 
+def label(name: str) -> str:
+    """An arm's name as figures show it: each option on a line of its own."""
+    return re.sub(rf"_(?=(?:{'|'.join(field_names(TrainConfig))})=)", "\n", name)
+
+
 def draw_curves(path: Path, results: dict[str, list[dict]]):
     """curves.png: validation loss over steps, mean over seeds and a band of one standard deviation."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    longest = max(map(len, results), default=0)
+    columns = 2 if longest < 30 else 1
+    size = max(7, 1.7 + 0.085 * longest), 4.2 + 0.22 * math.ceil(len(results) / columns)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     early = []
-    for name, cells in results.items():
+    for i, (name, cells) in enumerate(results.items()):
         curves = [cell["curve"] for cell in cells if "diverged_at" not in cell]
         if not curves:
             continue
         steps = np.array([point[0] for point in curves[0]])
         losses = np.array([[point[1] for point in curve] for curve in curves])
         mean = losses.mean(axis=0)
-        (line,) = axes.plot(steps, mean, label=f"{name} (n = {len(curves)})", linewidth=1.8)
+        (line,) = axes.plot(steps, mean, label=f"{name} (n = {len(curves)})", linewidth=1.8, linestyle=("-", "--", ":", "-.")[i // 10 % 4])
         if len(curves) > 1:
             sd = losses.std(axis=0, ddof=1)
             axes.fill_between(steps, mean - sd, mean + sd, color=line.get_color(), alpha=0.25, linewidth=0)
@@ -625,38 +636,40 @@ def draw_curves(path: Path, results: dict[str, list[dict]]):
     if early:  # the fall from log(vocabulary) would flatten everything that matters
         margin = 0.08 * (max(early) - min(early)) + 1e-3
         axes.set_ylim(min(early) - margin, max(early) + margin)
-    axes.set(xlabel="step", ylabel="validation loss (nats per prediction)")
+    axes.set(xlabel="step", ylabel="validation loss (nats per prediction)", title="mean ± 1 sd over seeds")
     axes.grid(alpha=0.3)
     if early:
-        axes.legend(title="mean ± 1 sd over seeds")
+        figure.legend(loc="outside lower center", ncols=columns)
     save_figure(path, figure)
 
 
-def draw_paired(path: Path, comparison: CompareConfig, arms: dict, pairs: dict):
-    """paired.png: arm - baseline for every seed, with mean and 95 % t interval."""
-    longest = max(map(len, pairs))
-    figure, axes = plt.subplots(figsize=(min(60, max(4.5, 1.6 + 1.6 * len(pairs))), 4.5 if longest < 24 else 6), layout="constrained")
-    for i, pair in enumerate(pairs.values()):
-        entry = pair[comparison.endpoint]
+def draw_paired(path: Path, endpoint: str, pairs: dict):
+    """paired.png: arm - baseline for every seed, with mean and 95 % t interval; a row for each arm."""
+    names = [label(name) for name in pairs]
+    lines = [max(3, 2 + name.count("\n")) for name in names]
+    place = np.cumsum([0, *((one + other) / 2 for one, other in itertools.pairwise(lines))])
+    width = 5 + 0.085 * max(len(line) for name in names for line in name.split("\n"))
+    figure, axes = plt.subplots(figsize=(width, max(3, 1.5 + 0.19 * sum(lines))), layout="constrained")
+    for y, pair in zip(place, pairs.values()):
+        entry = pair[endpoint]
         points = entry["differences"]
-        x = i + (np.linspace(-0.18, 0.18, len(points)) if len(points) > 1 else np.zeros(len(points)))
-        axes.scatter(x, points, s=28, alpha=0.75, zorder=3, label="one seed" if i == 0 else None)
+        rows = y + (np.linspace(-0.7, 0.3, len(points)) if len(points) > 1 else np.zeros(len(points)))
+        axes.scatter(points, rows, s=28, alpha=0.75, zorder=3, label=None if y else "one seed")
         if entry["interval"]:
             low, high = entry["interval"]
             error = [[entry["mean"] - low], [high - entry["mean"]]]
-            label = "mean, 95 % interval" if i == 0 else None
-            axes.errorbar([i + 0.32], [entry["mean"]], yerr=error, fmt="D", color="black", capsize=5, zorder=4, label=label)
-    axes.axhline(0, color="black", linewidth=1, linestyle="--")
-    axes.set_xticks(
-        range(len(pairs)),
-        [name.replace("_", "_\u200b") for name in pairs],
-        rotation=0 if longest < 24 else 20,
-        ha="center" if longest < 24 else "right",
-    )
-    axes.set_xlim(-0.6, len(pairs) - 0.4)
-    what, _, _, sign = ENDPOINTS[comparison.endpoint]
-    axes.set_ylabel(f"{what},\narm − {next(iter(arms))} ({'above' if sign > 0 else 'below'} 0: the arm is better)")
-    axes.grid(alpha=0.3, axis="y")
+            axes.errorbar(
+                [entry["mean"]], [y + 0.8], xerr=error, fmt="D", color="black", capsize=5, zorder=4, label=None if y else "mean, 95 % interval"
+            )
+    axes.axvline(0, color="black", linewidth=1, linestyle="--")
+    axes.set_yticks(place, names)
+    axes.set_ylim(place[-1] + lines[-1] / 2, -lines[0] / 2)
+    what, _, _, sign = ENDPOINTS[endpoint]
+    better = f"{what}, arm − baseline ({'right' if sign > 0 else 'left'} of 0: the arm is better)"
+    baseline = f"baseline: {label(next(iter(pairs.values()))['baseline'])}".replace("\n", " ")
+    figure.supxlabel("\n".join(textwrap.fill(line, int(11 * width)) for line in (better, baseline)), fontsize="medium")
+    axes.locator_params(axis="x", nbins=7)
+    axes.grid(alpha=0.3, axis="x")
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper center", ncols=2)
     save_figure(path, figure)
@@ -675,7 +688,7 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     origin["seconds_of_this_call"] = round(time.perf_counter() - began, 1)
     text = tables(comparison, summaries, pairs)
     draw_curves(out_dir / "curves.png", results)
-    draw_paired(out_dir / "paired.png", comparison, summaries, pairs)
+    draw_paired(out_dir / "paired.png", comparison.endpoint, pairs)
     figures = ["curves.png", "paired.png"]
     if "perturb" in comparison.evaluators:
         draw_frontier(out_dir / "frontier.png", pairs)

@@ -340,6 +340,24 @@ def test_figures_are_whole_and_show_something(undisturbed, name):
     assert 0.005 < (pixels < 200).mean() < 0.5, "lines on white"
 
 
+@pytest.mark.parametrize("count", [1, 13])
+def test_nothing_of_a_figure_runs_off_its_edge(tmp_path, count):
+    names = [f"shakespeare_char_laplacian_diffusion_learned=True_diffusion_alpha=0.{i}_learning_rate=4e-3" for i in range(count + 1)]
+    compare.draw_curves(tmp_path / "curves.png", {name: [{"curve": [[0, 4.0], [10, 2.0 + i]]}] for i, name in enumerate(names)})
+    pair = {"baseline": names[0], "best": paired_difference([1.0, 2.0, 3.0], [1.1, 2.3, 3.2])}
+    compare.draw_paired(tmp_path / "paired.png", "best", dict.fromkeys(names[1:], pair))
+    for name in ("curves.png", "paired.png"):
+        with Image.open(tmp_path / name) as image:
+            pixels = np.asarray(image.convert("L"))
+        assert min(*pixels[[0, -1]].flat, *pixels[:, [0, -1]].flat) > 250, f"the border of {name} is white"
+    assert compare.label(names[1]).splitlines() == [
+        "shakespeare_char_laplacian",
+        "diffusion_learned=True",
+        "diffusion_alpha=0.1",
+        "learning_rate=4e-3",
+    ]
+
+
 def test_a_cell_is_the_run_that_train_makes(undisturbed, arms, tmp_path):
     out_dir, report = undisturbed
     _, parsed = parse([*arms])
