@@ -451,12 +451,12 @@ def test_a_killed_comparison_goes_on_with_the_cells_that_are_missing(undisturbed
     assert [path.name for path in tmp_path.rglob(".*")] == [], "no temporary files"
 
 
-def stopped(monkeypatch, out_dir, *arguments, at: int, seeds=1):
-    """A comparison that is interrupted in optimizer step `at`, counted from 1, of the first cell that comes there."""
+def stopped(monkeypatch, out_dir, *arguments, at: int, seeds=1, cell=lambda config: True):
+    """A comparison that is interrupted in optimizer step `at`, counted from 1, of the first cell that comes there and whose config fits."""
     rate, sent = train.learning_rate, []
 
     def interrupting(config, i):
-        if i + 1 == at and not sent:
+        if i + 1 == at and not sent and cell(config):
             sent.append(os.kill(os.getpid(), signal.SIGINT))
         return rate(config, i)
 
@@ -473,6 +473,17 @@ def test_an_interrupted_cell_goes_on_from_a_whole_checkpoint(arms, tmp_path, mon
     report = run(tmp_path, *arms, seeds=1)
     assert report["arms"]["base"]["cells"][0]["resumed_at"] == (None if damaged else 7)
     assert losses(report) == {(name, 1): losses(undisturbed[1])[name, 1] for name in ("base", "laplacian")}
+
+
+def test_an_interrupted_cell_of_a_shared_program_goes_on_with_its_own_schedule(arms, tmp_path, monkeypatch):
+    both = arms[0], f"{arms[0]} --learning_rate=3e-2 --warmup_iters=4", f"{arms[0]} --min_lr=5e-3"
+    whole = run(tmp_path / "whole", *both, seeds=2)
+    stopped(monkeypatch, tmp_path / "out", *both, at=7, seeds=2, cell=lambda config: config.learning_rate == 3e-2)
+    report = run(tmp_path / "out", *both, seeds=2)
+    assert losses(report) == losses(whole) and len(set(map(json.dumps, losses(whole).values()))) == 6
+    assert [cell["resumed_at"] for arm in report["arms"].values() for cell in arm["cells"]] == [None, None, 7, None, None, None]
+    kept = json.loads((tmp_path / "out" / "report.json").read_text())["provenance"]["configs"]
+    assert [config["learning_rate"] for config in kept.values()] == [1e-2, 3e-2, 1e-2]
 
 
 def test_an_interrupted_cell_never_goes_on_with_another_run(arms, tmp_path, monkeypatch):
