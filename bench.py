@@ -28,6 +28,7 @@ ARMS = {  # an arm's name -> its options
     "A+prior": [BARRIER],  # the log-barrier on the embeddings, and on the model's own heads
     "A+own": [BARRIER, ("prior_where", "attention")],
     "A-bf16": [("dtype", "bfloat16")],  # on a CPU, where --dtype=auto is float32
+    "apart": [],  # on CUDA, A with GELU outside the MLP's products, where A may have it inside (fused_mlp.py)
     "plain": [],  # A in nanoGPT's way, see `plain`
 }
 
@@ -38,7 +39,7 @@ class BenchConfig:
 
     what: str = "train"  # train, eval, sample, startup, loader (drawn batches against a fixed one), ddp (all processes of torchrun against one)
     model: str = "quick"  # a recipe: config/MODEL.py
-    arms: str = "A,A-I"  # comma-separated, of A, A-I, A+prior, A+own, A-bf16 and plain (nanoGPT's way); the others are compared with the first
+    arms: str = "A,A-I"  # comma-separated, of A, A-I, A+prior, A+own, A-bf16, apart and plain (nanoGPT's way); the others are compared with the first
     batch_size: int = 0  # sequences per step in one batch, of each process; 0: the recipe's batch and accumulation
     dataset: str = ""  # empty: the recipe's, or random data of its kind where that is not prepared
     rounds: int = 10  # turns of each arm that are counted
@@ -244,6 +245,20 @@ class FixedBatch:
         return self.kept["batch", len(drawn)]
 
 
+def apart(config: TrainConfig, place: Place, data):
+    """The program with GELU in passes of its own. Raises InputError where there is nothing to tell apart."""
+    if place.device.type != "cuda":
+        raise InputError("--arms: apart is for CUDA, where fused_mlp.py has GELU inside the MLP's products")
+    import fused_mlp
+
+    applies = fused_mlp.applies
+    try:
+        fused_mlp.applies = lambda *_: False
+        return build(config, place, data)
+    finally:
+        fused_mlp.applies = applies
+
+
 def programs(bench: BenchConfig, folder: Path) -> tuple[dict, dict, Place]:
     """{name: program}, {name: GiB at its peak while it was the only new one}, the place. A name is an arm's, with what else is compared."""
     built, memory = {}, {}
@@ -263,7 +278,7 @@ def programs(bench: BenchConfig, folder: Path) -> tuple[dict, dict, Place]:
             before = torch.cuda.memory_allocated() if cuda else 0
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            built[name] = plain(config, place) if arm == "plain" else build(config, place, data)
+            built[name] = plain(config, place) if arm == "plain" else (apart if arm == "apart" else build)(config, place, data)
             built[name].model.init_weights(0)
             built[name].step(0, 0)
             synchronize(place.device)

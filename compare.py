@@ -22,6 +22,7 @@ is 1 - delta(arm) / delta(baseline), delta = perturbed - clean loss, computed fo
 """
 
 import dataclasses
+import hashlib
 import re
 import shlex
 import sys
@@ -94,7 +95,10 @@ def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
     if len(arms) < 2:
         raise InputError(f"{len(arms)} arm(s) given: a comparison needs a baseline and at least one more config")
     if not comparison.out_dir:
-        comparison = dataclasses.replace(comparison, out_dir=("out-compare-" + "-".join(arms))[:120])
+        name = "out-compare-" + "-".join(arms)
+        if len(name) > 120:  # a cut name alone would be that of other arms too
+            name = f"{name[:111]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        comparison = dataclasses.replace(comparison, out_dir=name)
     return comparison, arms
 
 
@@ -106,7 +110,6 @@ if __name__ == "__main__":  # before torch is imported
         command_line = parse(sys.argv[1:])
 
 import gc
-import hashlib
 import itertools
 import json
 import math
@@ -146,6 +149,7 @@ ENDPOINTS = {
 # keys that cannot change a run's losses, so a cell may be used again when they differ; data and device are told by checksum and name
 HARMLESS = {"out_dir", "overwrite", "seed", "dataset", "log_interval", "always_save_checkpoint", "device", "eval_only", "probe_interval"}
 HARMLESS |= {"wandb_log", "wandb_project", "wandb_run_name"}
+BUDGET = ("max_iters", "batch_size", "gradient_accumulation_steps", "block_size", "eval_tokens")  # what makes a comparison one of more than the arms
 SHARED = SCHEDULE | HARMLESS - {"dataset", "device"} | {"eval_interval"}  # keys by which arms of one program may differ
 FRONTIER = ("noise 1 RMS", "attack 0.1, 10 steps")  # the perturbations of frontier.png
 
@@ -224,45 +228,74 @@ def read_cell(path: Path, expected: dict) -> dict | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cell {path} is damaged ({type(error).__name__}): remove it and run the comparison again") from None
-    for key in sorted(made.keys() | expected.keys()):
-        if made.get(key) != expected.get(key):
-            raise InputError(f"cell {path} was made with {key}={made.get(key)}, now it is {expected.get(key)}: choose another --out_dir or remove it")
+    if made != expected:
+        raise InputError(f"cell {path} was made with {unlike(made, expected)}: choose another --out_dir or remove it")
     return result
 
 
-def replaceable(out_dir: Path, arms: dict) -> bool:
-    """Whether out_dir holds a comparison's cells, or no report, or one of the same arms whose cells are gone."""
+def unlike(made: dict, expected: dict) -> str:
+    """The first key in which two fingerprints differ, in words."""
+    key = min(key for key in made.keys() | expected.keys() if made.get(key) != expected.get(key))
+    return f"{key}={made.get(key)}, now it is {expected.get(key)}"
+
+
+def check_out_dir(out_dir: Path, arms: dict[str, TrainConfig], seeds: range):
+    """Raises InputError where a run of train.py would be in the way, or a report be lost that its directory's cells cannot make again.
+
+    Where the cells are gone, as those of a committed report are, the same comparison may be made again: all its arms, recipes and seeds.
+    """
+    if out_dir.exists() and not out_dir.is_dir():
+        raise InputError(f"--out_dir={out_dir} is a file: name a directory")
+    if (out_dir / "metrics.jsonl").exists():
+        raise InputError(f"--out_dir={out_dir} holds a run of train.py: name another directory for the comparison")
     try:
-        if (out_dir / "cells").is_dir():
-            return True
-        return json.loads((out_dir / "report.json").read_text(encoding="utf-8"))["provenance"]["configs"].keys() == arms.keys()
+        report = json.loads((out_dir / "report.json").read_text(encoding="utf-8"))
+        cells = {(name, cell["seed"]) for name, arm in report["arms"].items() for cell in arm["cells"]}
+        recipes = {
+            name: {key: value for key, value in config.items() if key not in HARMLESS} for name, config in report["provenance"]["configs"].items()
+        }
     except FileNotFoundError:
-        return not (out_dir / "report.md").exists()
+        if (out_dir / "report.md").exists():
+            raise InputError(f"--out_dir={out_dir} holds a report.md of something else: name another directory for the comparison") from None
+        return
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        raise InputError(f"--out_dir={out_dir} holds a report.json of something else: name another directory for the comparison") from None
+    if all((out_dir / "cells" / name / f"seed-{seed}" / "result.json").is_file() for name, seed in cells):
+        return
+    ours = {name: json.loads(json.dumps(dataclasses.asdict(config))) for name, config in arms.items()}
+    if recipes.keys() != arms.keys():
+        what = f"other arms, {', '.join(list(recipes)[:2])}" + ", ..." * (len(recipes) > 2)
+    elif changed := sorted({key for name, recipe in recipes.items() for key, value in recipe.items() if ours[name].get(key, value) != value}):
+        what = f"these arms with other values of {', '.join(changed)}"
+    elif missing := sorted({seed for _, seed in cells} - set(seeds)):
+        what = f"more seeds, {', '.join(map(str, missing[:5]))}"
+    else:
+        return
+    raise InputError(f"--out_dir={out_dir} holds a report of {what}, and not its cells: it would be lost, so name another directory")
 
 
 def interrupted_at(directory: Path, expected: dict, save: bool) -> int | None:
-    """The step at which a cell can go on: that of its last/ if it is whole and of the same run; None for a start from step 0.
+    """The step at which a cell can go on: that of its last/ if it is whole; None for a start from step 0.
 
-    With `save` best/ must be there too, unless no evaluation has beaten the first.
+    With `save` best/ must be there too, unless no evaluation has beaten the first. Raises InputError for a checkpoint of another run.
     """
     try:
         meta = checkpoint.readable(directory / "last")
     except InputError:
         return None
+    made = meta.get("fingerprint")
+    if isinstance(made, dict) and made != expected:
+        again = "give the same command to go on, choose another --out_dir, or remove the cell"
+        raise InputError(f"cell {directory} was interrupted at step {meta['step']} with {unlike(made, expected)}: {again}")
     lacks_best = save and meta.get("best_step") and not (directory / "best" / "checkpoint.json").is_file()
-    return None if lacks_best or meta.get("fingerprint") != expected else meta["step"]
+    return None if lacks_best or made is None else meta["step"]
 
 
 def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[str, list[dict]]:
     """Runs the cells that are not there yet, arms that can share a program do; under torchrun this process's share. Returns results per arm."""
     out_dir = Path(comparison.out_dir)
-    if (out_dir / "metrics.jsonl").exists():
-        raise InputError(f"--out_dir={out_dir} holds a run of train.py: name another directory for the comparison")
-    if not replaceable(out_dir, arms):
-        raise InputError(f"--out_dir={out_dir} is a file, or holds a report of something else: name another directory for the comparison")
     seeds = range(comparison.first_seed, comparison.first_seed + comparison.seeds)
+    check_out_dir(out_dir, arms, seeds)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cells = [(name, seed) for name in arms for seed in seeds]
     path = {cell: out_dir / "cells" / cell[0] / f"seed-{cell[1]}" / "result.json" for cell in cells}
@@ -280,6 +313,9 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
     expected = {(name, seed): fingerprint(of_seed(arms[name], seed), data[name], words[name], comparison.evaluators) for name, seed in cells}
     there = {cell: read_cell(path[cell], expected[cell]) for cell in cells}  # all are checked before any is run
     missing = [cell for cell in cells if there[cell] is None]
+    save = comparison.save_checkpoints or bool(comparison.evaluators)
+    for cell in missing:
+        interrupted_at(path[cell].parent, expected[cell], save)
     for cell in cells:
         made = there[cell] is not None and "diverged_at" not in there[cell]
         if comparison.save_checkpoints and made and not (path[cell].parent / "last").is_dir():
@@ -288,6 +324,9 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         done = len(cells) - len(missing)
         say(f"data: {read_meta(arms[cells[0][0]].dataset)[1].get('source', 'unnamed')}")
         say(f"{len(arms)} arms x {len(seeds)} seeds = {len(cells)} runs, {done} of them finished before; {place[cells[0][0]].name()} -> {out_dir}")
+        for one, other in itertools.combinations(arms, 2):
+            if all(getattr(arms[one], key) == getattr(arms[other], key) for key in field_names(TrainConfig) if key not in HARMLESS):
+                say(f"note: {one} and {other} are the same recipe by two names")
     # cut from all cells, since processes that start later see fewer missing ones, and into blocks, so that each process builds few programs
     groups = sharing(arms)
     ordered = [(name, seed) for names in groups for name in names for seed in seeds]
@@ -303,13 +342,14 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         for cell, config in configs.items():
             configs[cell] = dataclasses.replace(config, overwrite=True, always_save_checkpoint=config.always_save_checkpoint and kept)
         program = build(configs[own[0]], place[own[0][0]])
+        if program.mode != "eager":
+            program.evaluate()  # compiled here, not in the time of the first run of the program
         setup = time.perf_counter() - began_group
         for cell in own:
             if configs[cell].init_from != program.config.init_from:
                 program = program._replace(weights=checkpoint.starting_weights(configs[cell])[1])
             program = rescheduled(program, **{key: getattr(configs[cell], key) for key in SHARED | {"init_from"}})
-            directory, late = path[cell].parent, None
-            start, save = program, comparison.save_checkpoints or bool(comparison.evaluators)
+            directory, late, start = path[cell].parent, None, program
             step = interrupted_at(directory, expected[cell], save)
             if step is not None:
                 start = program._replace(config=dataclasses.replace(program.config, init_from="resume"))
@@ -684,6 +724,11 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     out_dir, first = Path(comparison.out_dir), next(iter(arms.values()))
     summaries, pairs = analyse(comparison, results)
     source = read_meta(first.dataset)[1].get("source", first.dataset)
+    for name, pair in pairs.items():
+        if unequal := [
+            f"{key} ({getattr(first, key)} and {getattr(arms[name], key)})" for key in BUDGET if getattr(first, key) != getattr(arms[name], key)
+        ]:
+            pair["verdict"] += f" The two differ in {', '.join(unequal)}: this is not the arm alone."
     origin = provenance(arms, find_place(first.device, "auto", distributed=False).name(), source, data_checksum(first.dataset))
     origin["seconds_of_this_call"] = round(time.perf_counter() - began, 1)
     text = tables(comparison, summaries, pairs)

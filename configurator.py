@@ -366,6 +366,8 @@ def build(cls, files: list[str], options: list[tuple[str, str]]):
     for file in files:
         for path, values in read_config_file(file):
             origin = f"config file {path}: "
+            if cls is not TrainConfig and any(key not in known and key in field_names(TrainConfig) for key in values):
+                raise InputError(f"{origin}this is a config of train.py; --help says what this script takes, as --out_dir of a run")
             check_keys(list(values), known, origin)
             file_args = [_as_option(key, value) for key, value in values.items()]
             _parse(cls, file_args, origin)  # alone first, so that a wrong type names the file

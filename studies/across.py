@@ -6,12 +6,14 @@ together: other data, endpoint, torch or kind of device, an arm that is in two o
 report tells its arms apart by it. Code may differ, and then the table says so.
 """
 
+import dataclasses
 import itertools
 import json
+import math
 
-from reports import read_reports, run
+from reports import read_reports, run, write_table
 
-from configurator import InputError
+from configurator import InputError, TrainConfig
 
 
 def together(reports: list[dict]) -> tuple[dict, bool]:
@@ -22,7 +24,7 @@ def together(reports: list[dict]) -> tuple[dict, bool]:
         if any(value != values[0] for value in values):
             raise InputError(f"the reports differ in {what}: {' and '.join(dict.fromkeys(map(str, values)))}")
 
-    cells, recipes, tell = {}, {}, set()
+    cells, recipes, tell, young = {}, {}, set(), json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
     try:
         sources = [report["provenance"] for report in reports]
         alike("endpoint", [report["endpoint"] for report in reports])
@@ -30,20 +32,23 @@ def together(reports: list[dict]) -> tuple[dict, bool]:
         alike("torch", [source["versions"]["torch"] for source in sources])
         alike("device", [source["device"] for source in sources])
         for report, source in zip(reports, sources):
-            own = {name: {key: value for key, value in source["configs"][name].items() if key not in HARMLESS} for name in report["arms"]}
-            first, *others = own.values()
-            tell |= {key for other in others for key in first if other[key] != first[key]}
+            own = {name: young | {**source["configs"][name]} for name in report["arms"]}  # keys that a report is too old for have their defaults
+            own = {name: {key: value for key, value in recipe.items() if key not in HARMLESS} for name, recipe in own.items()}
+            tell |= {key for one, other in itertools.combinations(own.values(), 2) for key in one if other[key] != one[key]}
             for name, arm in report["arms"].items():
                 if recipes.setdefault(name, own[name]) != own[name]:
                     raise InputError(f"arm {name} is in two of the reports with different recipes")
                 if {cell["seed"] for cell in arm["cells"]} & {cell["seed"] for cell in cells.setdefault(name, [])}:
                     raise InputError(f"arm {name} is in two of the reports on the same seed")
                 cells[name] += arm["cells"]
+                if not all("diverged_at" in cell or ([float(step + loss) for step, loss, *_ in cell["curve"]]) for cell in arm["cells"]):
+                    raise ValueError("an empty curve")
         for key in next(iter(recipes.values())).keys() - tell:
             alike(key, [recipe[key] for recipe in recipes.values()])
         names = sorted(cells, key=lambda name: recipes[name]["diffusion"])
         whole = {"endpoint": reports[0]["endpoint"], "arms": {name: {"cells": cells[name]} for name in names}}
         whole["commands"] = [source["command"] + "" for source in sources]
+        whole["code"] = [source["code_sha256"][:8] for source in sources]
         return whole, len({source["code_sha256"] for source in sources}) == 1
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
         raise InputError(f"a report is not one of compare.py ({type(error).__name__}: {error})") from None
@@ -55,8 +60,10 @@ def endpoints(whole: dict) -> dict[str, dict[int, float]]:
 
     try:
         key = ENDPOINTS[whole["endpoint"]][1]
+        if not all(math.isfinite(cell[key]) for arm in whole["arms"].values() for cell in arm["cells"] if "diverged_at" not in cell):
+            raise ValueError("a loss that is no number")
         return {name: {cell["seed"]: cell[key] + 0.0 for cell in arm["cells"] if "diverged_at" not in cell} for name, arm in whole["arms"].items()}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"a report is not one of compare.py ({type(error).__name__}: {error})") from None
 
 
@@ -71,8 +78,8 @@ def differences(arms: dict[str, dict[int, float]]) -> dict[str, dict]:
     return found
 
 
-def tables(endpoint: str, arms: dict, pairs: dict, same: bool) -> str:
-    """Both as Markdown, with a word on the code."""
+def tables(whole: dict, arms: dict, pairs: dict, folders: list) -> str:
+    """Both as Markdown, and where each report comes from."""
     from tabulate import tabulate
 
     from compare import ENDPOINTS, summary
@@ -82,13 +89,21 @@ def tables(endpoint: str, arms: dict, pairs: dict, same: bool) -> str:
         of = summary(list(values.values()))
         spread = "" if of["sd"] is None else f" ± {of['sd']:.4f}"
         rows.append([name, of["n"], "-" if of["mean"] is None else f"{of['mean']:.4f}{spread}"])
-    text = tabulate(rows, ["arm", "n", ENDPOINTS[endpoint][0]], tablefmt="github", disable_numparse=True) + "\n\n"
+    text = tabulate(rows, ["arm", "n", ENDPOINTS[whole["endpoint"]][0]], tablefmt="github", disable_numparse=True) + "\n\n"
     rows = []
     for name, pair in pairs.items():
         interval = "{:+.4f} to {:+.4f}".format(*pair["interval"]) if pair["interval"] else "-"
         rows.append([name, pair["n"], "-" if pair["mean"] is None else f"{pair['mean']:+.4f}", interval])
     text += tabulate(rows, ["difference", "pairs", "mean", "95 % t interval"], tablefmt="github", disable_numparse=True) + "\n\n"
-    return text + ("All by the same code.\n" if same else "The reports are of different versions of the code.\n")
+    if any(0 < pair["n"] <= 3 for pair in pairs.values()):
+        text += "So few pairs are a hint, not an answer. "
+    text += f"The {len(pairs)} intervals are not corrected for their number.\n"
+    text += "" if len(set(whole["code"])) == 1 else "The reports are of different versions of the code.\n"
+    return (
+        text
+        + "".join(f"\n- {folder.name}: code {code}, {command}" for folder, code, command in zip(folders, whole["code"], whole["commands"]))
+        + "\n"
+    )
 
 
 def main(arguments: list[str]):
@@ -98,15 +113,12 @@ def main(arguments: list[str]):
     arms = endpoints(whole)
     pairs = differences(arms)
     from compare import draw_curves
-    from dataset import write_file
 
-    text = tables(whole["endpoint"], arms, pairs, same)
     contents = {"reports": [folder.name for folder, _ in found], "commands": whole["commands"]}
     contents |= {"endpoint": whole["endpoint"], "same_code": same, "arms": arms, "pairs": pairs}
-    write_file(found[0][0] / "across.json", (json.dumps(contents, indent=1) + "\n").encode())
-    write_file(found[0][0] / "across.md", text.encode())
-    draw_curves(found[0][0] / "across.png", {name: arm["cells"] for name, arm in whole["arms"].items()})
-    print(text, end="")
+    folder = found[0][0]
+    write_table(folder, "across", contents, tables(whole, arms, pairs, [one for one, _ in found]), arms)
+    draw_curves(folder / "across.png", {name: arm["cells"] for name, arm in whole["arms"].items()})
 
 
 if __name__ == "__main__":

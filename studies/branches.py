@@ -9,10 +9,9 @@ seeds with their standard deviation:
                         own token alone adds nothing
 """
 
-import json
 from pathlib import Path
 
-from reports import read_report, run
+from reports import read_report, run, write_table
 
 from configurator import InputError
 
@@ -45,6 +44,8 @@ def read(folder: Path, report: dict) -> dict:
     from probe import read_record
 
     found = {}
+    if not (folder / "cells").is_dir():
+        raise InputError(f"{folder / 'cells'}, where the probes lie, is missing: run this where the comparison was made (cells are not committed)")
     try:
         for name, arm in report["arms"].items():
             config = report["provenance"]["configs"][name]
@@ -76,12 +77,7 @@ def main(arguments: list[str]):
     """Raises InputError."""
     folder, report = read_report(arguments, __doc__)
     found = read(folder, report)
-    from dataset import write_file
-
-    text = table(found)
-    write_file(folder / "branches.json", (json.dumps(found, indent=1) + "\n").encode())
-    write_file(folder / "branches.md", (text + "\n").encode())
-    print(text)
+    write_table(folder, "branches", found, table(found), found)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ ROWS = [
         ("gpt2_100m_learning_rate=1.2e-3", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=1.2e-3"),
     ),
     (
-        "half of the heads again, 6e-4 (nanoGPT's rate) for both",
+        "half of the heads again, at nanoGPT's 6e-4 for A and the mixture",
         "GPT-2 124M, half of the heads, 6e-4",
         ("gpt2_own_rates", "gpt2"),
         ("gpt2_100m_learning_rate=6e-4", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=6e-4"),

@@ -21,8 +21,9 @@ def read_reports(arguments: list[str], doc: str, least: int = 1, most: int = 1) 
         print(doc)
         raise SystemExit
     if not least <= len(arguments) <= most or any(argument.startswith("-") for argument in arguments):
-        what = "one directory" if most == 1 else "directories"
-        raise InputError(f"name {what} with a report.json of compare.py: {doc.splitlines()[0].partition(': ')[2]}")
+        what = "one directory" if most == 1 else f"{least} directories or more" if least > 1 else "directories"
+        named = f", not {' '.join(arguments)}" if arguments else ""
+        raise InputError(f"name {what} with a report.json of compare.py{named}: {doc.splitlines()[0].partition(': ')[2]}")
     found = []
     for path in (Path(argument) / "report.json" for argument in arguments):
         try:
@@ -35,6 +36,28 @@ def read_reports(arguments: list[str], doc: str, least: int = 1, most: int = 1) 
 def read_report(arguments: list[str], doc: str) -> tuple[Path, dict]:
     """The same of one."""
     return read_reports(arguments, doc)[0]
+
+
+def write_table(folder: Path, name: str, found: dict, text: str, rows: dict):
+    """FOLDER/NAME.json with `found` and FOLDER/NAME.md with `text`, and says so; `rows` are what the table is of.
+
+    Raises InputError, and writes nothing, where a table is there that has rows which this one lacks.
+    """
+    from dataset import write_file
+
+    path = folder / f"{name}.json"
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        lost = sorted(set(there.get("arms", there)) - set(rows))
+    except FileNotFoundError:
+        lost = []
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+        raise InputError(f"{path} is there and is no table of this script: remove it first") from None
+    if lost:
+        raise InputError(f"{path} has {len(lost)} arm(s) that this one lacks, as {lost[0]}: name all directories that it was made from, or remove it")
+    write_file(path, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
+    write_file(path.with_suffix(".md"), (text.rstrip("\n") + "\n").encode())
+    print(text.rstrip("\n"), "", f"{path.with_suffix('.md')}, {path.name}", sep="\n")
 
 
 def run(main):

@@ -5,16 +5,16 @@ validation losses, the arm's and the baseline's, which both reach; the step at w
 The ratio is the baseline's steps by the arm's: above 1 the arm is faster. Mean and 95 % t interval are those of its logarithm over seeds, so the
 mean is a geometric one. A pair of which one curve begins at the target or below has no ratio and is left out.
 
-With several directories the arms of all of them (across.py), and the files go into the first.
+With several directories the arms of all of them (across.py); the baseline is the first arm of the first, or its first without diffusion, and the
+files go there.
 
 All runs have the schedule of their full length. A run planned for fewer steps would have a lower rate by then, and a lower loss.
 """
 
-import json
 import math
 
 from across import together
-from reports import read_reports, run
+from reports import read_reports, run, write_table
 
 from configurator import InputError
 
@@ -73,12 +73,7 @@ def main(arguments: list[str]):
     if others:
         report, _ = together([report, *(other for _, other in others)])
     found = ratios(report)
-    from dataset import write_file
-
-    text = table(found, next(iter(report["arms"]), ""))
-    write_file(folder / "steps.json", (json.dumps(found, indent=1) + "\n").encode())
-    write_file(folder / "steps.md", (text + "\n").encode())
-    print(text)
+    write_table(folder, "steps", found, table(found, next(iter(report["arms"]), "")), found)
 
 
 if __name__ == "__main__":

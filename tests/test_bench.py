@@ -59,6 +59,8 @@ def test_bad_options_are_refused(keys, message):
 
 
 def test_an_unknown_recipe_is_refused(tmp_path):
+    with pytest.raises(InputError, match="apart is for CUDA"):
+        bench.main(BenchConfig(model="quick", arms="A,apart", device="cpu").check())
     with pytest.raises(InputError, match="there is no config/nothing.py"):
         bench.main(BenchConfig(model="nothing"))
 

@@ -486,13 +486,20 @@ def test_an_interrupted_cell_of_a_shared_program_goes_on_with_its_own_schedule(a
     assert [config["learning_rate"] for config in kept.values()] == [1e-2, 3e-2, 1e-2]
 
 
-def test_an_interrupted_cell_never_goes_on_with_another_run(arms, tmp_path, monkeypatch):
-    """Three calls in one directory, the second with another rate: the third starts where no run of its own is."""
+def test_an_interrupted_cell_is_neither_gone_on_with_nor_lost_by_another_run(arms, tmp_path, monkeypatch):
+    """Three calls in one directory, the second with another rate and in the second arm: it is refused before anything runs."""
     whole = run(tmp_path / "whole", *arms, seeds=1)
-    stopped(monkeypatch, tmp_path / "out", *arms, at=3)
-    stopped(monkeypatch, tmp_path / "out", *arms, "--learning_rate=5e-3", at=9)
+    stopped(monkeypatch, tmp_path / "out", *arms, at=3, cell=lambda config: config.diffusion)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(InputError, match=r"cell .*laplacian/seed-1 was interrupted at step 3 with learning_rate=0.01, now"),
+    ):
+        refuses_to_train(patch)
+        shutil.move(tmp_path / "out" / "cells" / "base", tmp_path / "base")  # which would be refused before
+        run(tmp_path / "out", *arms, "--learning_rate=5e-3", seeds=1)
+    shutil.move(tmp_path / "base", tmp_path / "out" / "cells" / "base")
     report = run(tmp_path / "out", *arms, seeds=1)
-    assert losses(report) == losses(whole) and report["arms"]["base"]["cells"][0]["resumed_at"] is None
+    assert losses(report) == losses(whole) and report["arms"]["laplacian"]["cells"][0]["resumed_at"] == 3
 
 
 def test_a_cell_interrupted_twice_at_an_evaluation_has_it_once(arms, tmp_path, monkeypatch, undisturbed):
@@ -844,16 +851,45 @@ def test_weights_that_are_missing_are_told_before_any_cell_is_run(undisturbed, a
 def test_a_report_of_something_else_is_never_replaced(arms, tmp_path, name, monkeypatch):
     refuses_to_train(monkeypatch)
     (tmp_path / name).write_text('{"mine": 1}')
-    with pytest.raises(InputError, match="a report of something else"):
+    with pytest.raises(InputError, match=f"holds a {name} of something else"):
         run(tmp_path, *arms)
-    with pytest.raises(InputError, match="is a file, or"):
+    with pytest.raises(InputError, match="is a file: name a directory"):
         run(tmp_path / name, *arms)
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == '{"mine": 1}'
 
 
-def test_a_committed_report_of_the_same_arms_may_be_made_again(undisturbed, arms, tmp_path):
+def test_a_report_whose_cells_are_gone_may_be_made_again_and_by_nothing_less(undisturbed, arms, tmp_path, monkeypatch):
+    """As a committed one: with the same arms, recipes and seeds, or more seeds."""
     shutil.copy(undisturbed[0] / "report.json", tmp_path)
+    before = (tmp_path / "report.json").read_bytes()
+    with monkeypatch.context() as patch:
+        refuses_to_train(patch)
+        for arguments, seeds, message in (
+            ([arms[0], f"{arms[1]} --dropout=0"], SEEDS, "holds a report of other arms, base, laplacian, and not its cells"),
+            ([*arms, "--max_iters=4", "--dropout=0"], SEEDS, "holds a report of these arms with other values of dropout, max_iters, and"),
+            (arms, SEEDS - 1, f"holds a report of more seeds, {SEEDS}, and"),
+        ):
+            with pytest.raises(InputError, match=message):
+                run(tmp_path, *arguments, seeds=seeds)
+        with pytest.raises(AssertionError):  # allowed, and would train
+            run(tmp_path, *arms, seeds=SEEDS + 1)
+    assert (tmp_path / "report.json").read_bytes() == before
     assert losses(run(tmp_path, *arms)) == losses(undisturbed[1])
+    assert len(run(tmp_path, *arms, seeds=2)["arms"]["base"]["cells"]) == 2, "its cells are there now"
+
+
+def test_default_directories_of_different_arms_differ(arms):
+    long = [f"{arm} --learning_rate=1e-3 --weight_decay=0.1 --warmup_iters=1" for arm in arms]
+    names = [parse([*long, f"{arms[0]} --beta2=0.9{i}"])[0].out_dir for i in range(3)]
+    assert len(set(names)) == 3 and max(map(len, names)) == 120
+    assert parse([*arms])[0].out_dir == "out-compare-base-laplacian"
+
+
+def test_the_verdict_says_when_more_than_the_arm_differs_and_the_start_when_nothing_does(arms, tmp_path, capsys):
+    report = run(tmp_path, arms[0], f"{arms[1]} --max_iters=8 --batch_size=4", f"{arms[0]} --dropout=0.1", seeds=1)
+    unequal, same = (pair["verdict"] for pair in report["pairs"].values())
+    assert unequal.endswith("The two differ in max_iters (12 and 8), batch_size (8 and 4): this is not the arm alone.") and "differ in" not in same
+    assert "note: base and base_dropout=0.1 are the same recipe by two names" in capsys.readouterr().out
 
 
 def test_arms_that_differ_in_their_schedule_share_a_program_and_come_out_as_alone(tmp_path, arms, monkeypatch):
@@ -867,13 +903,15 @@ def test_arms_that_differ_in_their_schedule_share_a_program_and_come_out_as_alon
         alone = run(tmp_path / str(i), arm, base + " --max_iters=4" if i else laplacian, seeds=2)
         name = list(together["arms"])[i]
         ours, theirs = (report["arms"][n]["cells"] for report, n in ((together, name), (alone, next(iter(alone["arms"])))))
-        assert [cell["curve"] for cell in ours] == [cell["curve"] for cell in theirs]
+        assert [cell["curve"] for cell in ours] == [cell["curve"] for cell in theirs] and {cell["arm"] for cell in ours} == {name}
     curves = [json.dumps([cell["curve"] for cell in arm["cells"]]) for arm in together["arms"].values()]
     assert len(set(curves)) == len(rates), "and differ from each other"
 
 
 @pytest.mark.parametrize(
-    "key, value", [("weight_decay", 0.2), ("batch_size", 4), ("dropout", 0.2), ("diffusion_alpha", 0.5), ("max_iters", 8), ("eval_tokens", 64)]
+    "key, value",
+    [("weight_decay", 0.2), ("batch_size", 4), ("dropout", 0.2), ("diffusion_alpha", 0.5), ("max_iters", 8), ("eval_tokens", 64), ("grad_clip", 0.5)]
+    + [("beta1", 0.8), ("beta2", 0.9), ("init_from", "gpt2"), ("prior_lambda", 0.1), ("compile", False), ("device", "auto")],
 )
 def test_arms_that_differ_in_what_a_program_is_made_of_have_one_each(arms, key, value):
     _, configs = parse([arms[1], f"{arms[1]} --{key}={value}"])

@@ -114,6 +114,32 @@ def test_only_hopper_has_it():
     assert network.transformer.h[0].mlp.inside is False
 
 
+@pytest.mark.parametrize(
+    "capability, wrong, expected, note",
+    [
+        ((9, 0), None, True, None),
+        ((8, 0), None, False, None),
+        ((9, 0), 1.5, False, "its results are wrong"),
+        ((9, 0), "new Gluon", False, "new Gluon"),
+    ],
+)
+def test_products_that_fail_or_are_wrong_are_not_used(plain, monkeypatch, capsys, capability, wrong, expected, note):
+    """A Hopper GPU is pretended, on which the products are right, wrong, or not compiled."""
+
+    def product(x, weight, keep):
+        if isinstance(wrong, str):
+            raise RuntimeError(wrong)
+        h = x @ weight.t() * (wrong or 1)
+        return fused_mlp.gelu(h), h
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(fused_mlp, "linear_gelu", product)
+    monkeypatch.setattr(fused_mlp, "linear_gelu_backward", lambda dy, weight, h: fused_mlp.gelu_backward(dy @ weight, h))
+    assert fused_mlp._works.__wrapped__(torch.device(DEVICE), torch.float32) is expected
+    out = capsys.readouterr().out
+    assert out == "" if note is None else note in out and "GELU stays outside the MLP's products" in out
+
+
 @needs_hopper
 def test_a_network_has_gelu_inside_its_products(monkeypatch):
     network, calls = small().to(DEVICE), []

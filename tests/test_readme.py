@@ -174,6 +174,7 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     assert 0.025 < min(leads) and max(leads) < 0.045 and "by 0.03 to 0.04 nats, on three seeds at each of two learning rates" in IN_README
     behind = paired(large, across[ALL + "1.2e-3"])
     assert f"in all heads ends behind A at 1.2e-3, by {behind[0]:.3f}." in IN_README
+    assert [name for name in across if name.startswith(ALL)] == [ALL + "1.2e-3"] and "at the one learning rate it was run at, in GPT-2" in IN_README
     once, gain = -paired(small, across[HALF + "1.2e-3"])[0], paired(large, small)
     assert f"half of the heads win by {once:.3f}; {gain[0]:.3f} of that was the learning rate" in IN_README
     assert f"**A lead of {once:.3f} that was not.**" in RESULTS and f"half of the heads led by {once:.4f}, and" in IN_RESULTS
@@ -183,7 +184,7 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     edge = [across[arm + "2.4e-3"][1] for arm in ("learning_rate=", HALF)]
     assert "2.4e-3 is better still for A ({:.4f}) and for half of the heads ({:.4f})".format(*edge) in IN_README
     assert f"they are {edge[0] - edge[1]:.3f} apart" in IN_README
-    assert "Three seeds allow no p below 0.25," in IN_README and len(small) == len(large) == 3
+    assert "three seeds allow no p below 0.25," in IN_README and len(small) == len(large) == 3
 
     def ratio(entry):
         return "{:.2f} ({:.2f} to {:.2f})".format(entry["mean"], *entry["interval"])
@@ -415,13 +416,15 @@ def test_the_speed_with_gelu_inside_is_the_committed_benchmarks():
     (plain, slow, one), (a, fast, other) = rows("plain_gpt2")
     memory = f"{one['peak_gib']:.1f} and {other['peak_gib']:.1f} GiB"
     assert f"| the same, other runs | {plain} | | {a} | {slow} and {fast} thousand tokens/s; {memory} |\n" in SPEED
-    assert f"a step of GPT-2 takes {a} ms against {plain} in nanoGPT's way" in IN_README
+    assert f"a step of GPT-2 {inside} ms against {apart} with GELU outside" in IN_README
+    nanogpt = plain
     (a, _, _), (laplacian, _, row) = rows("train_gpt2")
     more = f"A − I {laplacian}, {100 * (row['ratio']['median'] - 1):.1f} % more; {row['peak_gib']:.1f} GiB"
     assert f"| the same, A against A − I | | | {a} | {more} |\n" in SPEED
+    assert f"A − I {laplacian} against {a} for A, nanoGPT's way {nanogpt};" in IN_README
     (apart, _, _), (inside, _, _) = rows("inside_shakespeare_char")
     assert f"| a step of `shakespeare_char` (64 × 256 characters) | | {apart} | {inside} | |\n" in SPEED
-    assert f"one of `shakespeare_char` {inside} against {apart} with GELU outside" in IN_README
+    assert f"`shakespeare_char` {inside} against {apart}." in IN_README
     (apart, _, row), (inside, _, _) = rows("inside_imagenet16")
     products = f"matrix products alone {row['kernels_ms']['matrix products']:.2f}"
     assert f"| a step of `imagenet16` (512 pictures) | | {apart} | {inside} | {products} |\n" in SPEED

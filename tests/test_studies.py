@@ -327,7 +327,8 @@ def test_steps_to_a_common_loss(tmp_path, capsys):
     (tmp_path / "report.json").write_text(json.dumps(report))
     steps_to_reach.main([str(tmp_path)])
     assert json.loads((tmp_path / "steps.json").read_text()) == json.loads(json.dumps(found))
-    assert (tmp_path / "steps.md").read_text() == capsys.readouterr().out and "| 200, 100 " in (tmp_path / "steps.md").read_text()
+    text = (tmp_path / "steps.md").read_text()
+    assert capsys.readouterr().out == f"{text}\n{tmp_path / 'steps.md'}, steps.json\n" and "| 200, 100 " in text
     low = curves_report({"a": {1: [[0, 2.0], [100, 3.0]], 2: [[0, 5.0], [100, 1.0]]}, "b": {1: [[0, 5.0], [100, 1.0]], 2: [[0, 5.0], [100, 1.0]]}})
     assert steps_to_reach.ratios(low)["b"]["ratios"] == [1.0], "a curve that begins at the target has no number of steps"
     for damaged in ({}, [], {"arms": {}}, {"arms": {"a": {"cells": [{"seed": 1, "curve": [["x"]]}]}, "b": {"cells": [{"seed": 1, "curve": [[0]]}]}}}):
@@ -420,8 +421,13 @@ def test_arms_of_several_comparisons(tmp_path, capsys):
     assert found["pairs"]["half − A"]["seeds"] == [1, 2] and found["pairs"]["half − A"]["differences"] == [-0.25, -0.5]
     assert found["pairs"]["half 2 − half"]["mean"] == 4.0 and found["pairs"]["half 2 − half"]["interval"] is None
     text = (tmp_path / "one" / "across.md").read_text()
-    assert text == capsys.readouterr().out and "different versions of the code" in text and re.search(r"\| half − A +\| 2 +\| -0\.3750 \|", text)
+    assert (
+        capsys.readouterr().out.startswith(text)
+        and "different versions of the code" in text
+        and re.search(r"\| half − A +\| 2 +\| -0\.3750 \|", text)
+    )
     more = comparison_of({"all": faster, "half": {"config": {"diffusion": True, "learning_rate": 1.0}, 4: 7.0}})
+    assert "one: code c, python compare.py" in text and "two: code other, python compare.py" in text and "So few pairs are a hint" in text
     assert (tmp_path / "one" / "across.png").read_bytes().startswith(b"\x89PNG")
     whole, same = across.together([first, more])
     assert same and across.endpoints(whole)["half"] == {1: 1.0, 2: 2.0, 4: 7.0}, "seeds of one arm from two reports"
@@ -438,11 +444,46 @@ def test_comparisons_that_do_not_belong_together():
         (comparison_of({"B": {"config": {}, 1: 1.0}}) | {"endpoint": "best"}, "differ in endpoint: last and best"),
         (comparison_of({"A": {"config": {}, 1: 1.0}}), "arm A is in two of the reports on the same seed"),
         (comparison_of({"A": {"config": {"diffusion": True}, 2: 1.0}}), "arm A is in two of the reports with different recipes"),
+        (comparison_of({"B": {"config": {"dropout": 0.5}, 1: 1.0}}), "differ in dropout: 0.0 and 0.5"),  # a key that the other is too old for
         ({}, "is not one of compare.py"),
         ([], "is not one of compare.py"),
     ):
-        with pytest.raises(InputError, match=message):
-            across.together([one, other])
+        for both in ([one, other], [other, one]):
+            with pytest.raises(InputError, match=message if "and" not in message or both[0] is one else "differ in|is in two"):
+                across.together(both)
+    for curve in (None, [], [[0, "x"]], [[0]]):
+        damaged = comparison_of({"B": {"config": {}, 1: 1.0}})
+        damaged["arms"]["B"]["cells"][0]["curve"] = curve
+        with pytest.raises(InputError, match="is not one of compare.py"):
+            across.together([one, damaged])
+    for value in (float("nan"), "x"):
+        with pytest.raises(InputError, match="is not one of compare.py"):
+            across.endpoints(across.together([one, comparison_of({"B": {"config": {}, 1: value}})])[0])
     for arguments in (["one"], [], ["a", "-b"]):
-        with pytest.raises(InputError, match="name directories with a report.json"):
+        with pytest.raises(InputError, match="name 2 directories or more with a report.json"):
             across.main(arguments)
+
+
+def test_steps_of_several_comparisons_are_the_committed_table():
+    reports = [json.loads((front_page.RESULTS / name / "report.json").read_text()) for name in ("gpt2_own_rates", "gpt2")]
+    committed = json.loads((front_page.RESULTS / "gpt2_own_rates" / "steps.json").read_text())
+    assert json.loads(json.dumps(steps_to_reach.ratios(across.together(reports)[0]))) == committed
+    assert json.loads((front_page.RESULTS / "gpt2_own_rates" / "across.json").read_text())["reports"] == ["gpt2_own_rates", "gpt2"]
+
+
+def test_a_table_of_more_arms_is_not_written_over(tmp_path):
+    for name, arms in (("one", ("A", "B")), ("two", ("C",))):
+        (tmp_path / name).mkdir()
+        report = comparison_of({arm: {"config": {}, 1: 2.0, 2: 3.0} for arm in arms})
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    both = [str(tmp_path / name) for name in ("one", "two")]
+    steps_to_reach.main(both)
+    before = (tmp_path / "one" / "steps.json").read_bytes(), (tmp_path / "one" / "steps.md").read_bytes()
+    with pytest.raises(InputError, match=r"steps.json has 1 arm\(s\) that this one lacks, as C: name all directories"):
+        steps_to_reach.main(both[:1])
+    assert before == ((tmp_path / "one" / "steps.json").read_bytes(), (tmp_path / "one" / "steps.md").read_bytes())
+    steps_to_reach.main(both)
+    (tmp_path / "one" / "across.json").write_text("[1]")
+    with pytest.raises(InputError, match="across.json is there and is no table of this script"):
+        across.main(both)
+    assert (tmp_path / "one" / "across.json").read_text() == "[1]" and not (tmp_path / "one" / "across.md").exists()
