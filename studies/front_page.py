@@ -135,6 +135,7 @@ def row(entry: dict) -> str:
     a, laplacian = (f"{words(mean, digits)} ± {words(sd, digits)}" for mean, sd in entry["arms"])
     low, high = entry["interval"]
     difference = f"**{words(entry['mean'], digits, '+')} ({words(low, digits, '+')} to {words(high, digits, '+')})**: {verdict(entry)}"
+    difference += ", a hint" if entry["n"] <= 3 else ""  # as compare.py says of so few pairs
     return f"| {entry['question']} | {entry['n']} | {a} | {laplacian} | {difference} | [report]({entry['link']}) |"
 
 
