@@ -16,8 +16,8 @@ from reports import read_reports, run, write_table
 from configurator import InputError, TrainConfig
 
 
-def together(reports: list[dict]) -> tuple[dict, bool]:
-    """(one report: the `endpoint`, `commands` and `arms` of all, with their cells alone; whether all are of the same code). Raises InputError."""
+def together(reports: list[dict]) -> dict:
+    """One report: the `endpoint` and the `arms` of all, with their cells alone, and each one's `commands` and `code`. Raises InputError."""
     from compare import HARMLESS
 
     def alike(what: str, values: list):
@@ -49,7 +49,7 @@ def together(reports: list[dict]) -> tuple[dict, bool]:
         whole = {"endpoint": reports[0]["endpoint"], "arms": {name: {"cells": cells[name]} for name in names}}
         whole["commands"] = [source["command"] + "" for source in sources]
         whole["code"] = [source["code_sha256"][:8] for source in sources]
-        return whole, len({source["code_sha256"] for source in sources}) == 1
+        return whole
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
         raise InputError(f"a report is not one of compare.py ({type(error).__name__}: {error})") from None
 
@@ -99,23 +99,20 @@ def tables(whole: dict, arms: dict, pairs: dict, folders: list) -> str:
         text += "So few pairs are a hint, not an answer. "
     text += f"The {len(pairs)} intervals are not corrected for their number.\n"
     text += "" if len(set(whole["code"])) == 1 else "The reports are of different versions of the code.\n"
-    return (
-        text
-        + "".join(f"\n- {folder.name}: code {code}, {command}" for folder, code, command in zip(folders, whole["code"], whole["commands"]))
-        + "\n"
-    )
+    sources = zip(folders, whole["code"], whole["commands"])
+    return text + "".join(f"\n- {folder.name}: code {code}, {command}" for folder, code, command in sources) + "\n"
 
 
 def main(arguments: list[str]):
     """Raises InputError."""
     found = read_reports(arguments, __doc__, 2, 9)
-    whole, same = together([report for _, report in found])
+    whole = together([report for _, report in found])
     arms = endpoints(whole)
     pairs = differences(arms)
     from compare import draw_curves
 
-    contents = {"reports": [folder.name for folder, _ in found], "commands": whole["commands"]}
-    contents |= {"endpoint": whole["endpoint"], "same_code": same, "arms": arms, "pairs": pairs}
+    contents = {"reports": [folder.name for folder, _ in found]} | {key: whole[key] for key in ("commands", "code", "endpoint")}
+    contents |= {"arms": arms, "pairs": pairs}
     folder = found[0][0]
     write_table(folder, "across", contents, tables(whole, arms, pairs, [one for one, _ in found]), arms)
     draw_curves(folder / "across.png", {name: arm["cells"] for name, arm in whole["arms"].items()})

@@ -91,7 +91,7 @@ def entries() -> list[dict]:
         reports = [read_report([str(RESULTS / directory)], __doc__)[1] for directory in directories]
         where = " and ".join(f"results/{directory}/report.json" for directory in directories)
         try:
-            whole, _ = together(reports)
+            whole = together(reports)
             values = endpoints(whole)
             a, b = (values[name] for name in names)
             if not a or a.keys() != b.keys() or any("diverged_at" in cell for name in names for cell in whole["arms"][name]["cells"]):

@@ -64,7 +64,7 @@ def main(arguments: list[str]):
     found = [report for _, report in read_reports(arguments, __doc__, 1, 9)]
     report = found[0]
     if len(found) > 1:
-        whole, _ = together(found)
+        whole = together(found)
         pairs = differences(endpoints(whole))
         report = {"endpoint": whole["endpoint"], "pairs": {name: {whole["endpoint"]: pair} for name, pair in pairs.items()}}
     print(table(report))

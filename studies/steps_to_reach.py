@@ -71,7 +71,7 @@ def main(arguments: list[str]):
     """Raises InputError."""
     (folder, report), *others = read_reports(arguments, __doc__, 1, 9)
     if others:
-        report, _ = together([report, *(other for _, other in others)])
+        report = together([report, *(other for _, other in others)])
     found = ratios(report)
     write_table(folder, "steps", found, table(found, next(iter(report["arms"]), "")), found)
 
