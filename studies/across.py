@@ -3,7 +3,7 @@
 Reads the report.json of each and writes across.json, across.md and across.png into the first directory: the endpoint of every arm, the paired
 difference of every two over the seeds that both have, and their curves; arms without diffusion come first. Refuses reports that do not belong
 together: other data, endpoint, torch or kind of device, an arm that is in two of them on the same seed, a key of the recipe that differs though no
-report tells its arms apart by it. Code may differ, and then the table says so.
+arm has it in its name and no report tells its arms apart by it. Code may differ, and then the table says so.
 """
 
 import dataclasses
@@ -43,6 +43,7 @@ def together(reports: list[dict]) -> dict:
                 cells[name] += arm["cells"]
                 if not all("diverged_at" in cell or ([float(step + loss) for step, loss, *_ in cell["curve"]]) for cell in arm["cells"]):
                     raise ValueError("an empty curve")
+        tell |= {key for key in young for name in cells if f"{key}=" in name}  # an arm is named by its own options
         for key in next(iter(recipes.values())).keys() - tell:
             alike(key, [recipe[key] for recipe in recipes.values()])
         names = sorted(cells, key=lambda name: recipes[name]["diffusion"])

@@ -602,3 +602,12 @@ def test_the_support_tokens_it_names_are_the_committed_ones():
     support = json.loads((ROOT / "results" / "margins_quick" / "report.json").read_text())["margins"]["support tokens"]
     names = [token for token in support if re.search(r"\n\n[A-Z]?$", token["before"]) and token["token"].isupper()]
     assert f"of the twenty lowest in 256 windows {len(names)} are the first or second letter" in IN_BARRIER and len(support) == 20
+
+
+def test_the_words_about_a_longer_small_model_are_the_committed_reports():
+    found = []
+    for rate in ("8e-3", "4e-3"):
+        (pair,) = report_of(f"heads_quick_long_{rate}")["pairs"].values()
+        assert pair["best"]["n"] == 4 and pair["best"]["interval"][0] > 0
+        found += [words(x, "+") for x in (pair["best"]["mean"], *pair["best"]["interval"])]
+    assert "half of the heads are behind A by {} ({} to {}) at 8e-3 and by {} ({} to {}) at 4e-3, on four seeds".format(*found) in IN_RESULTS

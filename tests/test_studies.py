@@ -451,6 +451,8 @@ def test_comparisons_that_do_not_belong_together():
         for both in ([one, other], [other, one]):
             with pytest.raises(InputError, match=message if "and" not in message or both[0] is one else "differ in|is in two"):
                 across.together(both)
+    named = [comparison_of({f"A_learning_rate={rate}": {"config": {"learning_rate": rate}, 1: 1.0}}) for rate in (1.0, 2.0)]
+    assert len(across.together(named)["arms"]) == 2, "an arm that has the key in its name"
     for curve in (None, [], [[0, "x"]], [[0]]):
         damaged = comparison_of({"B": {"config": {}, 1: 1.0}})
         damaged["arms"]["B"]["cells"][0]["curve"] = curve
