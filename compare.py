@@ -314,8 +314,7 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
     there = {cell: read_cell(path[cell], expected[cell]) for cell in cells}  # all are checked before any is run
     missing = [cell for cell in cells if there[cell] is None]
     save = comparison.save_checkpoints or bool(comparison.evaluators)
-    for cell in missing:
-        interrupted_at(path[cell].parent, expected[cell], save)
+    onward = {cell: interrupted_at(path[cell].parent, expected[cell], save) for cell in missing}
     for cell in cells:
         made = there[cell] is not None and "diverged_at" not in there[cell]
         if comparison.save_checkpoints and made and not (path[cell].parent / "last").is_dir():
@@ -350,7 +349,7 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
                 program = program._replace(weights=checkpoint.starting_weights(configs[cell])[1])
             program = rescheduled(program, **{key: getattr(configs[cell], key) for key in SHARED | {"init_from"}})
             directory, late, start = path[cell].parent, None, program
-            step = interrupted_at(directory, expected[cell], save)
+            step = onward[cell]
             if step is not None:
                 start = program._replace(config=dataclasses.replace(program.config, init_from="resume"))
                 say(f"{cell[0]}, seed {cell[1]}: goes on from step {step}")
