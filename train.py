@@ -485,7 +485,7 @@ def train(program: Program, seed: int, out_dir: Path, save: bool = True, quiet: 
 
 def main(config: TrainConfig) -> int:
     """One run from the command line. Returns the exit status: 0, 1 for divergence, 128 + the signal's number when interrupted. Raises InputError."""
-    if (Path(config.out_dir) / "result.json").exists():
+    if not config.eval_only and (Path(config.out_dir) / "result.json").exists():
         raise InputError(f"--out_dir={config.out_dir} is a finished cell of compare.py: choose another")
     place = find_place(config.device, config.dtype)
     prepare_if_missing(config.dataset)

@@ -21,7 +21,7 @@ import compare
 import train
 from checkpoint import load_model
 from compare import CompareConfig, analyse, paired_difference, parse, summary, tables, verdict
-from configurator import InputError
+from configurator import InputError, TrainConfig, build
 from dataset import sha256_of, write_tokens
 from metrics import read_metrics
 
@@ -876,6 +876,17 @@ def test_a_report_whose_cells_are_gone_may_be_made_again_and_by_nothing_less(und
     assert (tmp_path / "report.json").read_bytes() == before
     assert losses(run(tmp_path, *arms)) == losses(undisturbed[1])
     assert len(run(tmp_path, *arms, seeds=2)["arms"]["base"]["cells"]) == 2, "its cells are there now"
+
+
+def test_a_finished_cell_is_not_trained_over_and_says_that_it_has_no_weights(undisturbed, arms, tmp_path, monkeypatch):
+    cell = tmp_path / "cell"
+    shutil.copytree(undisturbed[0] / "cells" / "base" / "seed-1", cell)
+    before = {path.name: path.read_bytes() for path in cell.iterdir()}
+    with pytest.raises(InputError, match="is a finished cell of compare.py, which keeps no weights without --save_checkpoints=True"):
+        load_model(cell, "best")
+    with pytest.raises(InputError, match="is a finished cell of compare.py: choose another"):
+        train.main(build(TrainConfig, [arms[0]], [("out_dir", str(cell)), ("overwrite", "True")]))
+    assert before == {path.name: path.read_bytes() for path in cell.iterdir()}
 
 
 def test_default_directories_of_different_arms_differ(arms):
