@@ -41,7 +41,7 @@ def together(reports: list[dict]) -> dict:
                 if {cell["seed"] for cell in arm["cells"]} & {cell["seed"] for cell in cells.setdefault(name, [])}:
                     raise InputError(f"arm {name} is in two of the reports on the same seed")
                 cells[name] += arm["cells"]
-                if not all("diverged_at" in cell or ([float(step + loss) for step, loss, *_ in cell["curve"]]) for cell in arm["cells"]):
+                if not all("diverged_at" in cell or [step + loss for step, loss, *_ in cell["curve"]] for cell in arm["cells"]):
                     raise ValueError("an empty curve")
         tell |= {key for key in young for name in cells if f"{key}=" in name}  # an arm is named by its own options
         for key in next(iter(recipes.values())).keys() - tell:
@@ -115,7 +115,7 @@ def main(arguments: list[str]):
     contents = {"reports": [folder.name for folder, _ in found]} | {key: whole[key] for key in ("commands", "code", "endpoint")}
     contents |= {"arms": arms, "pairs": pairs}
     folder = found[0][0]
-    write_table(folder, "across", contents, tables(whole, arms, pairs, [one for one, _ in found]), arms)
+    write_table(folder, "across", contents, tables(whole, arms, pairs, [one for one, _ in found]))
     draw_curves(folder / "across.png", {name: arm["cells"] for name, arm in whole["arms"].items()})
 
 

@@ -77,7 +77,7 @@ def main(arguments: list[str]):
     """Raises InputError."""
     folder, report = read_report(arguments, __doc__)
     found = read(folder, report)
-    write_table(folder, "branches", found, table(found), found)
+    write_table(folder, "branches", found, table(found))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from reports import read_report, run
 from configurator import InputError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-# the question of a row, in the table and short for the figure; the report's directory; A and A - I in it
+# the question of a row, in the table and short for the figure; the reports' directories; A and A - I in them
 ROWS = [
     (
         "Pictures: ImageNet at 16 × 16, 200 classes, 10.7 M parameters, top-1 in per cent, each arm at the rate tuned for it (1e-3 for both)",
@@ -69,11 +69,11 @@ ROWS = [
         ("quick_vision_learning_rate=4e-3", "quick_vision_laplacian_learning_rate=8e-3"),
     ),
 ]
-# of an endpoint: its key in a cell, factor and digits in the table, what the figure says about it, whether more is better
+# of an endpoint: factor and digits in the table, what the figure says about it, whether more is better
 ENDPOINTS = {
-    "top1": ("top1", 100, 2, "top-1, percentage points (right: A − I is better)", True),
-    "last": ("val_loss", 1, 4, "last validation loss, nats (left: A − I is better)", False),
-    "best": ("best_val_loss", 1, 4, "best validation loss, nats (left: A − I is better)", False),
+    "top1": (100, 2, "top-1, percentage points (right: A − I is better)", True),
+    "last": (1, 4, "last validation loss, nats (left: A − I is better)", False),
+    "best": (1, 4, "best validation loss, nats (left: A − I is better)", False),
 }
 
 
@@ -96,7 +96,7 @@ def entries() -> list[dict]:
             a, b = (values[name] for name in names)
             if not a or a.keys() != b.keys() or any("diverged_at" in cell for name in names for cell in whole["arms"][name]["cells"]):
                 raise InputError("the arms do not have the same seeds, all finished")
-            _, factor, digits, axis, more = ENDPOINTS[whole["endpoint"]]
+            factor, digits, axis, more = ENDPOINTS[whole["endpoint"]]
             arms = [[factor * arm[seed] for seed in sorted(a)] for arm in (a, b)]
             difference = paired_difference(*arms)
             found.append(

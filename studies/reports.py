@@ -38,17 +38,17 @@ def read_report(arguments: list[str], doc: str) -> tuple[Path, dict]:
     return read_reports(arguments, doc)[0]
 
 
-def write_table(folder: Path, name: str, found: dict, text: str, rows: dict):
-    """FOLDER/NAME.json with `found` and FOLDER/NAME.md with `text`, and says so; `rows` are what the table is of.
+def write_table(folder: Path, name: str, found: dict, text: str):
+    """FOLDER/NAME.json with `found` and FOLDER/NAME.md with `text`, and says so. The arms are `found`'s keys, or those of its "arms".
 
-    Raises InputError, and writes nothing, where a table is there that has rows which this one lacks.
+    Raises InputError, and writes nothing, where a table is there that has arms which this one lacks.
     """
     from dataset import write_file
 
     path = folder / f"{name}.json"
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-        lost = sorted(set(there.get("arms", there)) - set(rows))
+        lost = sorted(set(there.get("arms", there)) - set(found.get("arms", found)))
     except FileNotFoundError:
         lost = []
     except (OSError, ValueError, RecursionError, AttributeError, TypeError):

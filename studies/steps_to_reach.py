@@ -73,7 +73,7 @@ def main(arguments: list[str]):
     if others:
         report = together([report, *(other for _, other in others)])
     found = ratios(report)
-    write_table(folder, "steps", found, table(found, next(iter(report["arms"]), "")), found)
+    write_table(folder, "steps", found, table(found, next(iter(report["arms"]), "")))
 
 
 if __name__ == "__main__":
