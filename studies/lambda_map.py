@@ -1,43 +1,121 @@
 """Heat maps of the lambda study: python studies/lambda_map.py results/lambda_map
 
-Reads report.json of a comparison whose arms differ in diffusion_lambda, diffusion_alpha, learning_rate and batch_size, and writes map.png beside it:
-for every batch size the mean best validation loss over seeds by lambda and learning rate of lambda (A - I), and by alpha of A - alpha I where
-there are such arms. A cell with runs that diverged says how many of how many, and its colour is the mean of the others.
+Reads report.json of a comparison whose arms differ in diffusion_lambda, diffusion_alpha, learning_rate and batch_size, and writes map.png, map.md and
+map.json beside it: for every batch size the mean best validation loss over seeds by lambda and learning rate of lambda (A - I), below it, where A was
+run at every rate and batch size too, the mean paired difference from A, and the loss by alpha of A - alpha I where there are such arms. A cell with
+runs that diverged says how many of how many, and its numbers are of the others. All runs must have the same number of steps or of sequences.
 """
 
 import json
 import math
 from pathlib import Path
 
-from reports import read_report, run
+from reports import read_report, run, write_table
 
 from configurator import InputError
 
+FREE = ("diffusion", "diffusion_lambda", "diffusion_alpha", "learning_rate", "batch_size", "gradient_accumulation_steps", "out_dir")
+FREE += ("max_iters", "warmup_iters", "eval_interval")  # of a batch size
 
-def read_cells(report: dict) -> list[dict]:
-    """One {lambda, alpha, rate, batch, loss (nan if all diverged), diverged, runs} per arm of graph diffusion. Raises InputError."""
-    cells, others = [], set()
+
+def read_cells(report: dict) -> dict[str, dict]:
+    """{arm: {lambda, alpha (None for A), rate, batch, steps, losses ({seed: best}), loss (mean; nan if all diverged), diverged, runs}}.
+
+    Raises InputError.
+    """
+    cells, others = {}, set()
     try:
         for name, arm in report["arms"].items():
             config = report["provenance"]["configs"][name]
-            if config["diffusion"]:
-                free = ("diffusion_lambda", "diffusion_alpha", "learning_rate", "batch_size", "gradient_accumulation_steps", "out_dir")
-                others.add(json.dumps({key: value for key, value in config.items() if key not in free}, sort_keys=True))
-                cell = {"lambda": config["diffusion_lambda"], "alpha": config["diffusion_alpha"]}
-                cell |= {"rate": config["learning_rate"], "batch": config["batch_size"] * config["gradient_accumulation_steps"]}
-                mean = arm["best_val_loss"]["mean"]
-                cells.append(cell | {"loss": math.nan if mean is None else mean, "diverged": len(arm["diverged"]), "runs": len(arm["cells"])})
+            others.add(json.dumps({key: value for key, value in config.items() if key not in FREE}, sort_keys=True))
+            plain = not config["diffusion"]
+            cell = {"lambda": None if plain else config["diffusion_lambda"], "alpha": None if plain else config["diffusion_alpha"]}
+            cell |= {"rate": config["learning_rate"], "batch": config["batch_size"] * config["gradient_accumulation_steps"]}
+            losses = {one["seed"]: one["best_val_loss"] + 0.0 for one in arm["cells"] if "diverged_at" not in one}
+            cell |= {"steps": config["max_iters"], "losses": losses, "loss": sum(losses.values()) / len(losses) if losses else math.nan}
+            cells[name] = cell | {"diverged": len(arm["cells"]) - len(losses), "runs": len(arm["cells"])}
     except (KeyError, TypeError):
         raise InputError("the report is not one of compare.py") from None
     if len(others) > 1:
         raise InputError("the arms of the report differ in other keys too: a map would mix them up")
-    if not cells:
+    if all(cell["lambda"] is None for cell in cells.values()):
         raise InputError("no arm of the report has diffusion=True: there is nothing to map")
+    if len({cell["steps"] for cell in cells.values()}) > 1 and len({cell["steps"] * cell["batch"] for cell in cells.values()}) > 1:
+        raise InputError("the arms have neither the same number of steps (max_iters) nor the same number of sequences: a map would mix them up")
     return cells
 
 
-def draw(path: Path, cells: list[dict]):
-    """map.png: a heat map of lambda x rate per batch size, and the losses by alpha."""
+def against_plain(cells: dict) -> dict[str, float]:
+    """{arm of diffusion: mean over the seeds of both of its loss minus A's at the same rate and batch size}, where there is such an A."""
+    plain = {(cell["rate"], cell["batch"]): cell["losses"] for cell in cells.values() if cell["lambda"] is None}
+    found = {}
+    for name, cell in cells.items():
+        base = plain.get((cell["rate"], cell["batch"]), {})
+        pairs = [cell["losses"][seed] - base[seed] for seed in cell["losses"].keys() & base.keys()]
+        if cell["lambda"] is not None and pairs:
+            found[name] = sum(pairs) / len(pairs)
+    return found
+
+
+def grid(cells: dict) -> dict[int, dict]:
+    """{batch: {(lambda or None for A, rate): arm}} of the arms with the whole identity and, beside them, A."""
+    found: dict[int, dict] = {}
+    for name, cell in cells.items():
+        if cell["alpha"] in (None, 1):
+            found.setdefault(cell["batch"], {})[cell["lambda"], cell["rate"]] = name
+    return dict(sorted(found.items()))
+
+
+def line_of(cells: dict) -> list[dict]:
+    """The cells of A - alpha I of one rate and batch size, alphas ascending, A standing for 0; none where alpha is 1 everywhere."""
+    other = next((cell for cell in cells.values() if cell["alpha"] not in (None, 1)), None)
+    if other is None:
+        return []
+    found = {}
+    for cell in cells.values():
+        if (cell["rate"], cell["batch"]) == (other["rate"], other["batch"]) and cell["lambda"] in (None, 1):
+            found.setdefault(cell["alpha"] or 0, cell)
+    return [found[alpha] | {"alpha": alpha} for alpha in sorted(found)]
+
+
+def spelled(value: float | None) -> str:
+    return "A" if value is None else f"{value:g}"
+
+
+def words(cell: dict, value: float | None, form: str) -> str:
+    """A cell's number, and how many of its runs diverged."""
+    some = [] if value is None or math.isnan(value) else [format(value, form)]
+    return "\n".join(some + ([f"{cell['diverged']} of {cell['runs']} diverged"] if cell["diverged"] else []))
+
+
+def table(cells: dict) -> str:
+    """The map, and below it the line by alpha, as Markdown."""
+    from tabulate import tabulate
+
+    def one(name: str | None) -> str:
+        if name is None:
+            return "-"
+        text = words(cells[name], cells[name]["loss"], ".4f").replace("\n", ", ")
+        return text + (f" ({difference[name]:+.4f})" if name in difference else "")
+
+    difference, maps = against_plain(cells), grid(cells)
+    columns = sorted({row for arms in maps.values() for row, _ in arms}, key=lambda value: -1 if value is None else value)
+    rows = []
+    for batch, arms in maps.items():
+        for rate in sorted({rate for _, rate in arms}):
+            steps = cells[next(name for (_, other), name in arms.items() if other == rate)]["steps"]
+            rows.append([batch, steps, f"{rate:g}", *(one(arms.get((column, rate))) for column in columns)])
+    headers = ["batch", "steps", "rate", *("A" if column is None else f"λ = {column:g}" for column in columns)]
+    text = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    if line := line_of(cells):
+        rows = [[f"{cell['alpha']:g}", words(cell, cell["loss"], ".4f").replace("\n", ", ")] for cell in line]
+        text += f"\n\nA − α I, rate {line[0]['rate']:g}, batch {line[0]['batch']}:\n\n"
+        text += tabulate(rows, ["α", "loss"], tablefmt="github", disable_numparse=True)
+    return text + "\n\nMean best validation loss, in brackets the mean paired difference from A of the same rate and batch size."
+
+
+def draw(path: Path, cells: dict):
+    """map.png: heat maps of lambda x rate per batch size, of losses and of differences from A, and the losses by alpha."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,41 +124,57 @@ def draw(path: Path, cells: list[dict]):
 
     from evaluate import save_figure
 
-    square = [cell for cell in cells if cell["alpha"] == 1]
-    line = sorted((cell for cell in cells if cell["lambda"] == 1), key=lambda cell: cell["alpha"])
-    line = line if len({cell["alpha"] for cell in line}) > 1 else []
-    if line:  # the arms of one rate and batch size, those of the arms that are not in the map
-        other = next(cell for cell in line if cell["alpha"] != 1)
-        line = [cell for cell in line if (cell["rate"], cell["batch"]) == (other["rate"], other["batch"])]
-    batches, rates, lambdas = (sorted({cell[key] for cell in square}) for key in ("batch", "rate", "lambda"))
-    losses = [cell["loss"] for cell in square if math.isfinite(cell["loss"])]
-    count = len(batches) + bool(line)
-    figure, places = plt.subplots(1, count, figsize=(1.6 + 3.2 * count, 4), layout="constrained", squeeze=False)
-    for place, batch in zip(places[0], batches):
-        values = np.full((len(lambdas), len(rates)), np.nan)
-        for cell in (cell for cell in square if cell["batch"] == batch):
-            at = lambdas.index(cell["lambda"]), rates.index(cell["rate"])
-            values[at] = cell["loss"]
-            words = f"{cell['loss']:.3f}" if math.isfinite(cell["loss"]) else ""
-            words += f"\n{cell['diverged']} of {cell['runs']} diverged" if cell["diverged"] else ""
-            place.text(at[1], at[0], words.strip(), ha="center", va="center", fontsize=7, color="black" if words[:1].isdigit() else "red")
-        shown = place.imshow(values, vmin=min(losses), vmax=np.quantile(losses, 0.9), cmap="viridis_r", aspect="auto", origin="lower", alpha=0.75)
-        place.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-        place.set_yticks(range(len(lambdas)), [f"{value:g}" for value in lambdas])
-        place.set(title=f"batch {batch}", xlabel="learning rate", ylabel="λ" if batch == batches[0] else "")
-    if batches:
-        figure.colorbar(shown, ax=places[0][: len(batches)], label="best validation loss, λ (A − I)")
+    maps, line, difference = grid(cells), line_of(cells), against_plain(cells)
+    inside = {name for arms in maps.values() for (row, _), name in arms.items() if row is not None}
+    kinds = [({name: cell["loss"] for name, cell in cells.items()}, ".3f", "best validation loss")]
+    if all(name in difference or not cells[name]["losses"] for name in inside):  # A is everywhere
+        kinds.append((difference, "+.3f", "difference from A"))
+    columns, rates = len(maps) + bool(line), sorted({rate for arms in maps.values() for _, rate in arms})
+    size = (1.6 + 3.2 * columns, 0.6 + 3.5 * len(kinds))
+    figure, places = plt.subplots(len(kinds), columns, figsize=size, layout="constrained", squeeze=False)
+    scale = {name for name in cells if cells[name]["lambda"] != 0} or set(cells)  # without attention a loss is so high that it would hide the rest
+    for (values, form, label), row_of_places in zip(kinds, places):
+        names = sorted({row for arms in maps.values() for row, _ in arms if row is not None})
+        if values is not difference and len(kinds) > 1:  # A is a row of the map
+            names = [*names, None]
+        known = [values[name] for name in scale if not math.isnan(values.get(name, math.nan))]
+        if values is difference:
+            reach = float(np.quantile(np.abs(known), 0.9))
+            look = {"vmin": -reach, "vmax": reach, "cmap": "RdBu_r"}
+        else:
+            look = {"vmin": min(known), "vmax": np.quantile(known, 0.9), "cmap": "viridis_r"}
+        for place, (batch, arms) in zip(row_of_places, maps.items()):
+            found = np.full((len(names), len(rates)), np.nan)
+            for (row, rate), name in arms.items():
+                if row in names:
+                    at = names.index(row), rates.index(rate)
+                    found[at] = values.get(name, math.nan)
+                    text = words(cells[name], values.get(name), form)
+                    color = "red" if cells[name]["diverged"] else "black"
+                    place.text(at[1], at[0], text, ha="center", va="center", fontsize=7, color=color)
+            shown = place.imshow(found, aspect="auto", origin="lower", alpha=0.75, **look)
+            place.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+            place.set_yticks(range(len(names)), [spelled(name) for name in names])
+            steps = {cells[name]["steps"] for name in arms.values()}
+            place.set(title=f"batch {batch}, {max(steps)} steps", xlabel="learning rate", ylabel="λ" if place is row_of_places[0] else "")
+        figure.colorbar(shown, ax=row_of_places[: len(maps)], label=f"{label}, λ (A − I)", extend="max" if values is not difference else "both")
     if line:
         places[0][-1].plot([cell["alpha"] for cell in line], [cell["loss"] for cell in line], "o-")
         places[0][-1].set(title=f"A − α I, rate {line[0]['rate']:g}, batch {line[0]['batch']}", xlabel="α", ylabel="best validation loss")
         places[0][-1].grid(alpha=0.3)
+        for place in places[1:, -1]:
+            place.axis("off")
     save_figure(path, figure)
 
 
 def main(arguments: list[str]):
     """Raises InputError."""
     folder, report = read_report(arguments, __doc__)
-    draw(folder / "map.png", read_cells(report))
+    cells = read_cells(report)
+    difference = against_plain(cells)
+    found = {name: cell | {"loss": None if math.isnan(cell["loss"]) else cell["loss"], "against_A": difference.get(name)} for name, cell in cells.items()}
+    draw(folder / "map.png", cells)
+    write_table(folder, "map", found, table(cells))
     print(folder / "map.png")
 
 

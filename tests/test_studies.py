@@ -28,29 +28,39 @@ lambda_map, alpha_curve, map_select, map_table, tuned, front_page, steps_to_reac
 
 
 def report_of(cells) -> dict:
-    """cells: (lambda, alpha, rate, batch size, loss or None, diverged)."""
+    """cells: (lambda, None for A, alpha, rate, batch size, steps, losses of the seeds, None for one that diverged)."""
     arms, configs = {}, {}
-    for i, (lam, alpha, rate, batch, loss, diverged) in enumerate(cells):
-        arms[f"arm{i}"] = {"best_val_loss": {"mean": loss}, "diverged": [{}] * diverged, "cells": [{}, {}]}
-        configs[f"arm{i}"] = {"diffusion": True, "diffusion_lambda": lam, "diffusion_alpha": alpha, "learning_rate": rate, "batch_size": batch}
-        configs[f"arm{i}"]["gradient_accumulation_steps"] = 2
+    for i, (lam, alpha, rate, batch, steps, losses) in enumerate(cells):
+        runs = [{"seed": s, "best_val_loss": loss} if loss is not None else {"seed": s, "diverged_at": 9} for s, loss in enumerate(losses, 1)]
+        arms[f"arm{i}"] = {"cells": runs}
+        configs[f"arm{i}"] = {"diffusion": lam is not None, "diffusion_lambda": 1.0 if lam is None else lam, "diffusion_alpha": alpha}
+        configs[f"arm{i}"] |= {"learning_rate": rate, "batch_size": batch, "gradient_accumulation_steps": 2, "max_iters": steps, "warmup_iters": 9}
     return {"arms": arms, "provenance": {"configs": configs}}
 
 
 def test_a_map_of_every_cell(tmp_path, capsys):
-    cells = [(lam, 1.0, rate, batch, 1.4 + lam / 10 + rate, 0) for lam in (0.0, 1.0) for rate in (1e-3, 2e-3) for batch in (32, 64)]
-    cells += [(2.0, 1.0, 2e-3, 32, None, 2), (2.0, 1.0, 1e-3, 32, 1.7, 1)]
-    cells += [(1.0, alpha, 1e-3, 64, 1.5, 0) for alpha in (0.0, 0.5)]
+    shapes, rates = {32: 100, 64: 50}, (1e-3, 2e-3)
+    cells = [(None, 1.0, rate, batch, steps, (1.5, 1.7)) for rate in rates for batch, steps in shapes.items()]
+    cells += [(lam, 1.0, rate, batch, steps, (1.4 + lam, 1.5 + lam)) for lam in (0.0, 1.0) for rate in rates for batch, steps in shapes.items()]
+    cells += [(2.0, 1.0, 2e-3, 32, 100, (None, None)), (2.0, 1.0, 1e-3, 32, 100, (None, 1.8))]
+    cells += [(1.0, alpha, 1e-3, 64, 50, (1.3, 1.4)) for alpha in (0.5, 0.25)]
     report = report_of(cells)
-    report["arms"]["A"] = report["arms"]["arm0"]
-    report["provenance"]["configs"]["A"] = {"diffusion": False}
     found = lambda_map.read_cells(report)
-    assert len(found) == len(cells) and {cell["batch"] for cell in found} == {64, 128}
-    assert math.isnan(found[8]["loss"]) and (found[8]["diverged"], found[8]["runs"]) == (2, 2)
-    assert found[9] == {"lambda": 2.0, "alpha": 1.0, "rate": 1e-3, "batch": 64, "loss": 1.7, "diverged": 1, "runs": 2}
+    assert len(found) == len(cells) and {cell["batch"] for cell in found.values()} == {64, 128}
+    assert math.isnan(found["arm12"]["loss"]) and (found["arm12"]["diverged"], found["arm12"]["runs"]) == (2, 2)
+    assert found["arm13"] == {"lambda": 2.0, "alpha": 1.0, "rate": 1e-3, "batch": 64, "steps": 100, "losses": {2: 1.8}, "loss": 1.8, "diverged": 1, "runs": 2}
+    difference = lambda_map.against_plain(found)
+    assert difference["arm4"] == pytest.approx(-0.15) and difference["arm11"] == pytest.approx(0.85)
+    assert difference["arm13"] == pytest.approx(0.1)  # of the seed that both have, not of the means
+    assert "arm12" not in difference and "arm0" not in difference
+    assert [(cell["alpha"], cell["loss"]) for cell in lambda_map.line_of(found)] == [(0, 1.6), (0.25, 1.35), (0.5, 1.35), (1.0, 2.45)]
     (tmp_path / "report.json").write_text(json.dumps(report))
     lambda_map.main([str(tmp_path)])
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG") and "map.png" in capsys.readouterr().out
+    text = (tmp_path / "map.md").read_text()
+    assert "| 64      | 100     | 0.001  | 1.6000 | 1.4500 (-0.1500) | 2.4500 (+0.8500) | 1.8000, 1 of 2 diverged (+0.1000) |" in text
+    assert "| 128     | 50      | 0.002  | 1.6000 | 1.4500 (-0.1500) | 2.4500 (+0.8500) | -" in text and "| 0.25 | 1.3500 |" in text
+    assert json.loads((tmp_path / "map.json").read_text())["arm12"]["loss"] is None
 
 
 def test_what_cannot_be_mapped(tmp_path):
@@ -59,15 +69,18 @@ def test_what_cannot_be_mapped(tmp_path):
             lambda_map.main(arguments)
     with pytest.raises(InputError, match="cannot be read"):
         lambda_map.main([str(tmp_path)])
-    for report, words in (({"arms": {"a": {}}}, "is not one of compare.py"), ({"arms": {}}, "no arm"), ([], "is not one of compare.py")):
+    plain = report_of([(None, 1.0, 1e-3, 32, 10, (1.5,))])
+    for report, words in (({"arms": {"a": {}}}, "is not one of compare.py"), ({"arms": {}}, "no arm"), (plain, "no arm"), ([], "is not one of compare.py")):
         (tmp_path / "report.json").write_text(json.dumps(report))
         with pytest.raises(InputError, match=words):
             lambda_map.main([str(tmp_path)])
-    mixed = report_of([(1.0, 1.0, 1e-3, 32, 1.5, 0), (2.0, 1.0, 1e-3, 32, 1.5, 0)])
+    mixed = report_of([(1.0, 1.0, 1e-3, 32, 10, (1.5,)), (2.0, 1.0, 1e-3, 32, 10, (1.5,))])
     mixed["provenance"]["configs"]["arm1"]["weight_init"] = "unrolled"
-    (tmp_path / "report.json").write_text(json.dumps(mixed))
-    with pytest.raises(InputError, match="differ in other keys"):
-        lambda_map.main([str(tmp_path)])
+    longer = report_of([(1.0, 1.0, 1e-3, 32, 10, (1.5,)), (1.0, 1.0, 1e-3, 64, 10, (1.5,)), (2.0, 1.0, 1e-3, 32, 20, (1.5,))])
+    for report, words in ((mixed, "differ in other keys"), (longer, "neither the same number of steps")):
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        with pytest.raises(InputError, match=words):
+            lambda_map.main([str(tmp_path)])
     assert not (tmp_path / "map.png").exists()
 
 
