@@ -171,8 +171,9 @@ def main(arguments: list[str]):
     """Raises InputError."""
     folder, report = read_report(arguments, __doc__)
     cells = read_cells(report)
-    difference = against_plain(cells)
-    found = {name: cell | {"loss": None if math.isnan(cell["loss"]) else cell["loss"], "against_A": difference.get(name)} for name, cell in cells.items()}
+    found, difference = {}, against_plain(cells)
+    for name, cell in cells.items():
+        found[name] = cell | {"loss": None if math.isnan(cell["loss"]) else cell["loss"], "against_A": difference.get(name)}
     draw(folder / "map.png", cells)
     write_table(folder, "map", found, table(cells))
     print(folder / "map.png")
