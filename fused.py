@@ -29,7 +29,8 @@ import fused_mlp
 import model
 from fused_mlp import gelu, linear_gelu, linear_gelu_backward
 from model import GPT, CausalSelfAttention, ViT
-from operators import operator, processors
+from operators import operator
+from place import processors
 
 CHUNK = 32768  # rows of logits at a time: 3.1 GiB of GPT-2's
 LANES, PROGRAMS = 1024, 2  # of the cross-entropy: groups of eight logits in a program's tile, and programs per multiprocessor where rows are longer

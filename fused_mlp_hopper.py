@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fused_mlp import slope, value
-from operators import processors
+from place import processors
 
 # the newer names first: Gluon is an experimental part of Triton, which this was compiled with from 3.6 to 3.9
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier

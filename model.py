@@ -47,6 +47,12 @@ class GPTConfig:
 # Attention
 
 
+def diffusing_heads(config, layer: int) -> int:
+    """How many trailing heads of a layer diffuse, by `config`'s diffusion, diffusion_heads and n_head."""
+    heads = config.diffusion_heads or (config.n_head,)
+    return heads[layer if len(heads) > 1 else 0] if config.diffusion else 0
+
+
 def diffuse(y, v, alpha: float, lam: float, heads: int):
     """Graph diffusion from attention's output: lambda (A v - alpha v) on the last `heads` heads, A v on the others.
 
@@ -140,8 +146,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.layer, self.n_head, self.dropout, self.causal = layer, config.n_head, config.dropout, config.causal
         self.alpha, self.lam = config.diffusion_alpha, config.diffusion_lambda
-        heads = config.diffusion_heads or (config.n_head,)
-        self.diffusing_heads = heads[layer if len(heads) > 1 else 0] if config.diffusion else 0
+        self.diffusing_heads = diffusing_heads(config, layer)
 
     def attend(self, q, keys, values, mask, causal: bool):
         """A v: queries (B, H, T, d), keys and values (B, H, S, d) -> (B, H, T, d). `mask` (T, S) is SDPA's: None, boolean or additive."""

@@ -12,11 +12,6 @@ def operator(function):
     return OPERATORS[-1]
 
 
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 2 in Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def make_known():
     """Tells the compiler of the operators declared so far, before it meets one.
 

@@ -75,6 +75,11 @@ def find_place(device: str, dtype: str, distributed: bool = True) -> Place:
     return Place(rank, world, found, getattr(torch, dtype), peak)
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 on a CPU, where kernels run in Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def say(message: str):
     """One line to the person, without tearing a progress bar."""
     tqdm.write(message, file=sys.stdout)

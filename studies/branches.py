@@ -10,6 +10,7 @@ seeds with their standard deviation:
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 from reports import read_report, run, write_table
 
@@ -18,14 +19,10 @@ from configurator import InputError
 QUANTITIES = ("attention, first layer", "attention, others", "mlp, first layer", "mlp, others", "diagonal, plain heads", "diagonal, diffusing heads")
 
 
-def diffusing(config: dict, layer: int) -> int:
-    """How many trailing heads of a layer diffuse."""
-    heads = config["diffusion_heads"] or [config["n_head"]]
-    return heads[layer if len(heads) > 1 else 0] if config["diffusion"] else 0
-
-
 def measure(values: dict, config: dict) -> dict[str, float | None]:
     """One record of probe.py -> QUANTITIES; None where there is no such head."""
+    from model import diffusing_heads
+
     layers, H = range(config["n_layer"]), config["n_head"]
     sums: dict[str, list[float]] = {name: [] for name in QUANTITIES}
     for layer in layers:
@@ -33,7 +30,7 @@ def measure(values: dict, config: dict) -> dict[str, float | None]:
         for branch in ("attention", "mlp"):
             sums[f"{branch}, {where}"].append(values[f"layer {layer} {branch}_rms"] / values[f"layer {layer} stream_rms"])
         for head in range(H) if layer else ():
-            kind = "diffusing" if head >= H - diffusing(config, layer) else "plain"
+            kind = "diffusing" if head >= H - diffusing_heads(SimpleNamespace(**config), layer) else "plain"
             sums[f"diagonal, {kind} heads"].append(values[f"layer {layer} head {head} diagonal"])
     return {name: sum(some) / len(some) if some else None for name, some in sums.items()}
 
