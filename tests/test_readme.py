@@ -430,6 +430,18 @@ def test_the_speed_with_gelu_inside_is_the_committed_benchmarks():
     assert f"| a step of `imagenet16` (512 pictures) | | {apart} | {inside} | {products} |\n" in SPEED
 
 
+def test_the_speed_by_size_is_the_committed_benchmarks():
+    for model, label in (("gpt2", "`gpt2`, 124M"), ("gpt2_350m", "`gpt2_350m`"), ("gpt2_774m", "`gpt2_774m`"), ("gpt2_1b3", "`gpt2_1b3`, 1.3B")):
+        report = json.loads((ROOT / "results" / "bench" / f"h100_scale_{model}.json").read_text())
+        rows = report["rows"]
+        ms = [f"{row['ms']['median']:.1f}" for row in rows]
+        pairs = ["{}, {}".format(*some) for some in zip(*((f"{r['tokens_per_s'] / 1e3:.1f}", f"{r['mfu']:.1%}", f"{r['peak_gib']:.1f}") for r in rows))]
+        cells = [label, str(report["bench"]["batch_size"]), ms[0], f"{ms[1]}, {rows[1]['ratio']['median'] - 1:.1%} more", *pairs]
+        assert f"| {' | '.join(cells)} |\n".replace("%", " %") in SPEED
+    large = json.loads((ROOT / "results" / "bench" / "h100_train_gpt2.json").read_text())["rows"][0]
+    assert f"the MFU is {large['mfu']:.1%} (table above, {large['ms']['median']:.1f} ms)".replace("%", " %") in " ".join(SPEED.split())
+
+
 @pytest.mark.parametrize("text", ["wikitext2", "shakespeare"])
 def test_the_table_of_the_barrier_is_the_committed_report(text, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "studies"))
