@@ -435,7 +435,8 @@ def test_the_speed_by_size_is_the_committed_benchmarks():
         report = json.loads((ROOT / "results" / "bench" / f"h100_scale_{model}.json").read_text())
         rows = report["rows"]
         ms = [f"{row['ms']['median']:.1f}" for row in rows]
-        pairs = ["{}, {}".format(*some) for some in zip(*((f"{r['tokens_per_s'] / 1e3:.1f}", f"{r['mfu']:.1%}", f"{r['peak_gib']:.1f}") for r in rows))]
+        found = [(f"{row['tokens_per_s'] / 1e3:.1f}", f"{row['mfu']:.1%}", f"{row['peak_gib']:.1f}") for row in rows]
+        pairs = [", ".join(some) for some in zip(*found)]
         cells = [label, str(report["bench"]["batch_size"]), ms[0], f"{ms[1]}, {rows[1]['ratio']['median'] - 1:.1%} more", *pairs]
         assert f"| {' | '.join(cells)} |\n".replace("%", " %") in SPEED
     large = json.loads((ROOT / "results" / "bench" / "h100_train_gpt2.json").read_text())["rows"][0]
