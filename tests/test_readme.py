@@ -51,8 +51,8 @@ def test_a_row_is_what_its_report_says(front_page):
         reports = [report_of(directory) for directory in directories]
         (endpoint,) = {report["endpoint"] for report in reports}
         key, factor, more = {"best": ("best_val_loss", 1, False), "last": ("val_loss", 1, False), "top1": ("top1", 100, True)}[endpoint]
-        cells = {name: arm["cells"] for report in reports for name, arm in report["arms"].items()}
-        a, b = ({cell["seed"]: factor * cell[key] for cell in cells[name]} for name in names)
+        cells = [(name, cell) for report in reports for name, arm in report["arms"].items() for cell in arm["cells"]]
+        a, b = ({cell["seed"]: factor * cell[key] for arm, cell in cells if arm == name} for name in names)
         assert a.keys() == b.keys() and len(a) == entry["n"]
         test = stats.ttest_1samp([b[seed] - a[seed] for seed in a], 0)
         low, high = test.confidence_interval(0.95)
@@ -121,12 +121,14 @@ def test_the_words_about_pictures_are_the_committed_reports():
 
 @pytest.fixture(scope="module")
 def across():
-    """The three studies of GPT-2: arm and rate -> {seed: last loss}, and the words of a paired difference."""
-    found = {}
-    for name in ("gpt2", "gpt2_own_rates", "gpt2_edge"):
-        for arm, entry in report_of(name)["arms"].items():
-            found[arm.removeprefix("gpt2_100m_")] = {cell["seed"]: cell["val_loss"] for cell in entry["cells"]}
-    assert len(found) == 7
+    """The comparisons of GPT-2, and the one cell that is in none: arm and rate -> {seed: last loss}."""
+    found: dict[str, dict] = {}
+    reports = map(report_of, ("gpt2", "gpt2_own_rates", "gpt2_edge", "gpt2_edge_23"))
+    cells = [cell for report in reports for arm in report["arms"].values() for cell in arm["cells"]]
+    cells.append(json.loads((ROOT / "results" / "gpt2_laplacian_edge" / "seed-1.json").read_text())["result"])
+    for cell in cells:
+        assert found.setdefault(cell["arm"].removeprefix("gpt2_100m_"), {}).setdefault(cell["seed"], cell["val_loss"]) == cell["val_loss"]
+    assert len(found) == 8 and sum(map(len, found.values())) == len(cells) == 22
     return found
 
 
@@ -143,21 +145,29 @@ HALF, ALL = "laplacian_diffusion_heads=6_learning_rate=", "laplacian_learning_ra
 def test_the_table_of_gpt2_by_rate_is_the_committed_reports(across):
     def cell(values):
         mean = words(sum(values.values()) / len(values))
-        return mean if len(values) == 1 else f"{mean} ± {stats.tstd(list(values.values())):.4f}"
+        return f"{mean}, seed 1 alone" if list(values) == [1] else f"{mean} ± {stats.tstd(list(values.values())):.4f}"
 
     def against(arm, rate):
         a, b = across[f"learning_rate={rate}"], across[arm + rate]
-        return "{} ({} to {})".format(*(words(x, "+") for x in paired(a, b))) if len(a) > 1 else words(b[1] - a[1], "+")
+        return "{} ({} to {})".format(*(words(x, "+") for x in paired(a, b))) if len(b) > 1 else f"{words(b[1] - a[1], '+')}, seed 1 alone"
 
     rates = "6e-4", "1.2e-3", "2.4e-3"
     rows = [["A", *(cell(across[f"learning_rate={rate}"]) for rate in rates)], ["half of the heads", *(cell(across[HALF + rate]) for rate in rates)]]
-    rows += [["A − I in all heads", "", cell(across[ALL + "1.2e-3"]), ""], ["half of the heads against A", *(against(HALF, rate) for rate in rates)]]
-    rows += [["A − I against A", "", against(ALL, "1.2e-3"), ""]]
+    rows += [["A − I in all heads", "", *(cell(across[ALL + rate]) for rate in rates[1:])]]
+    rows += [["half of the heads against A", *(against(HALF, rate) for rate in rates)]]
+    rows += [["A − I against A", "", *(against(ALL, rate) for rate in rates[1:])]]
     for row in rows:
         assert re.sub(" +", " ", f"| {' | '.join(row)} |") in RESULTS
-    for arm, rate, sign in ((HALF, "6e-4", -1), (HALF, "1.2e-3", -1), (HALF, "2.4e-3", -1), (ALL, "1.2e-3", 1)):
-        assert all(sign * (across[arm + rate][seed] - loss) > 0 for seed, loss in across[f"learning_rate={rate}"].items()), "on every seed"
-    assert all(across[arm + "2.4e-3"][1] < across[arm + "1.2e-3"][1] for arm in ("learning_rate=", HALF)), "better still"
+    for arm, rate, sign in ((HALF, "6e-4", -1), (HALF, "1.2e-3", -1), (HALF, "2.4e-3", -1), (ALL, "1.2e-3", 1), (ALL, "2.4e-3", 1)):
+        assert all(sign * (loss - across[f"learning_rate={rate}"][seed]) > 0 for seed, loss in across[arm + rate].items()), "on every seed"
+    gains = [paired(across[arm + "2.4e-3"], across[arm + "1.2e-3"]) for arm in ("learning_rate=", HALF)]
+    flat = [words(x) for gain in gains for x in gain]
+    assert "for A by {} ({} to {}) and for half of the heads by {} ({} to {}), and is the largest".format(*flat) in IN_RESULTS
+    assert "2.4e-3, for A by {:.3f} and for half of the heads by {:.3f};".format(*(gain[0] for gain in gains)) in IN_README
+    curve = json.loads((ROOT / "results" / "gpt2_laplacian_edge" / "seed-1.json").read_text())["result"]["curve"]
+    (step, low), (_, end) = min(curve, key=lambda point: point[1]), curve[-1]
+    assert f"falls to {low:.4f} at step {step} and is {end:.4f} at the end" in IN_RESULTS
+    assert f"on one seed, its loss turns at {low:.2f} and ends at {end:.2f}." in IN_README
 
 
 def test_the_words_about_gpt2_are_the_committed_reports(across):
@@ -169,31 +179,29 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     a, everywhere, half = report["arms"]
     assert (a, half) == ("gpt2_100m_learning_rate=6e-4", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=1.2e-3")
     small, large = across["learning_rate=6e-4"], across["learning_rate=1.2e-3"]
-    leads = [-paired(across[f"learning_rate={rate}"], across[HALF + rate])[0] for rate in ("1.2e-3", "6e-4")]
-    assert "by {:.3f} at a rate of 1.2e-3 and by {:.3f} at 6e-4, on every seed".format(*leads) in IN_README
-    assert 0.025 < min(leads) and max(leads) < 0.045 and "by 0.03 to 0.04 nats, on three seeds at each of two learning rates" in IN_README
+    leads = [-paired(across[f"learning_rate={rate}"], across[HALF + rate])[0] for rate in ("2.4e-3", "1.2e-3", "6e-4")]
+    assert "by {:.3f} at 2.4e-3, {:.3f} at 1.2e-3 and {:.3f} at 6e-4, on every seed".format(*leads) in IN_README
+    assert 0.025 < min(leads) and max(leads) < 0.045 and "by 0.03 to 0.04 nats, on each of three seeds at each of three learning rates" in IN_README
     behind = paired(large, across[ALL + "1.2e-3"])
-    assert f"in all heads ends behind A at 1.2e-3, by {behind[0]:.3f}." in IN_README
-    assert [name for name in across if name.startswith(ALL)] == [ALL + "1.2e-3"] and "at the one learning rate it was run at, in GPT-2" in IN_README
+    assert f"in all heads ends behind A at 1.2e-3, by {behind[0]:.3f};" in IN_README
     once, gain = -paired(small, across[HALF + "1.2e-3"])[0], paired(large, small)
-    assert f"half of the heads win by {once:.3f}; {gain[0]:.3f} of that was the learning rate" in IN_README
+    assert f"once said {once:.3f}, of which {gain[0]:.3f} was a rate tuned" in IN_README
     assert f"**A lead of {once:.3f} that was not.**" in RESULTS and f"half of the heads led by {once:.4f}, and" in IN_RESULTS
     undecided = paired(small, across[ALL + "1.2e-3"])
     assert "A − I was undecided, {} ({} to {})".format(*(words(x, "+") for x in undecided)) in IN_RESULTS
     assert "A is better at 1.2e-3 by {:.4f} ({:.4f} to {:.4f})".format(*gain) in IN_RESULTS
-    edge = [across[arm + "2.4e-3"][1] for arm in ("learning_rate=", HALF)]
-    assert "2.4e-3 is better still for A ({:.4f}) and for half of the heads ({:.4f})".format(*edge) in IN_README
-    assert f"they are {edge[0] - edge[1]:.3f} apart" in IN_README
     assert "three seeds allow no p below 0.25," in IN_README and len(small) == len(large) == 3
 
     def ratio(entry):
         return "{:.2f} ({:.2f} to {:.2f})".format(entry["mean"], *entry["interval"])
 
-    steps = json.loads((ROOT / "results" / "gpt2_own_rates" / "steps.json").read_text())
-    assert f"at 1.2e-3 they reach A's last loss in {ratio(steps[half])} times fewer steps" in IN_README
-    assert f"{ratio(steps[half])} times fewer ([table]" in IN_RESULTS and f"A − I in all heads: {ratio(steps[everywhere])}." in IN_RESULTS
-    whole = "At 1.2e-3 half of the heads reach A's last loss after {:,.0f} steps on average instead of {:,.0f}:"
-    assert whole.format(*(sum(steps[half][key]) / 3 for key in ("arm_steps", "baseline_steps"))) in IN_RESULTS
+    steps = json.loads((ROOT / "results" / "gpt2_edge" / "steps.json").read_text())
+    best = steps[f"gpt2_100m_{HALF}2.4e-3"]
+    assert f"at 2.4e-3 they reach A's last loss in {ratio(best)} times fewer steps" in IN_README
+    assert f"{ratio(best)} times fewer ([table]" in IN_RESULTS
+    assert f"A − I in all heads, at 1.2e-3 against A at 2.4e-3: {ratio(steps[everywhere])}." in IN_RESULTS
+    whole = "At 2.4e-3 half of the heads reach A's last loss after {:,.0f} steps on average instead of {:,.0f}:"
+    assert whole.format(*(sum(best[key]) / 3 for key in ("arm_steps", "baseline_steps"))) in IN_RESULTS
     others = [json.loads((ROOT / "results" / name / "steps.json").read_text()) for name in ("imagenet16", "shakespeare_char_own_rate")]
     others.append(json.loads((ROOT / "results" / "shakespeare_char_tuned" / "steps.json").read_text()))
     sentence = "On ImageNet the ratio is {} for A − I, on Shakespeare {} at the same rate and {} at tuned ones."

@@ -481,10 +481,10 @@ def test_comparisons_that_do_not_belong_together():
 
 
 def test_steps_of_several_comparisons_are_the_committed_table():
-    reports = [json.loads((front_page.RESULTS / name / "report.json").read_text()) for name in ("gpt2_own_rates", "gpt2")]
-    committed = json.loads((front_page.RESULTS / "gpt2_own_rates" / "steps.json").read_text())
+    reports = [json.loads((front_page.RESULTS / name / "report.json").read_text()) for name in front_page.GPT2]
+    committed = json.loads((front_page.RESULTS / front_page.GPT2[0] / "steps.json").read_text())
     assert json.loads(json.dumps(steps_to_reach.ratios(across.together(reports)))) == committed
-    assert json.loads((front_page.RESULTS / "gpt2_own_rates" / "across.json").read_text())["reports"] == ["gpt2_own_rates", "gpt2"]
+    assert json.loads((front_page.RESULTS / front_page.GPT2[0] / "across.json").read_text())["reports"] == list(front_page.GPT2)
 
 
 def test_a_table_of_more_arms_is_not_written_over(tmp_path):
