@@ -56,22 +56,33 @@ def table(losses: dict, steps: int) -> str:
 
 
 def draw(path: Path, losses: dict):
-    """alpha.png: both losses over alpha, mean and standard deviation over seeds."""
+    """alpha.png: both losses over alpha, mean and standard deviation over seeds, and the differences after fine-tuning with their intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
 
+    from compare import paired_difference
     from evaluate import save_figure
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, (axes, near) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for end in ENDS:
         values = np.array([ends[end] for ends in losses.values()])
         axes.errorbar(list(losses), values.mean(axis=1), values.std(axis=1, ddof=min(1, values.shape[1] - 1)), fmt="o-", capsize=3, label=end)
     axes.set(xlabel="α in A − α I, on weights trained with α = 0", ylabel="validation loss (nats per prediction)", yscale="log")
     axes.legend()
-    axes.grid(alpha=0.3, which="both")
+    pairs = {alpha: paired_difference(losses[0][end], ends[end]) for alpha, ends in losses.items() if alpha}
+    for alpha, pair in pairs.items():
+        low, high = pair["interval"] or (pair["mean"], pair["mean"])
+        colour = "tab:green" if high < 0 else "tab:red" if low > 0 else "tab:gray"
+        near.plot([alpha, alpha], [low, high], color=colour, linewidth=3)
+        near.plot(alpha, pair["mean"], "D", color=colour)
+    near.axhline(0, color="black", linestyle="--", linewidth=1)
+    near.set_yscale("symlog", linthresh=max(1e-9, min(abs(pair["mean"]) for pair in pairs.values())))
+    near.set(xlabel="α", ylabel=f"loss {end}, minus that at α = 0")
+    for some in (axes, near):
+        some.grid(alpha=0.3, which="both")
     save_figure(path, figure)
 
 
