@@ -568,10 +568,72 @@ def test_the_words_about_heads_at_tuned_rates_are_the_committed_reports():
     line = f"against A, {said[early]} in the first half of the layers, {said[late]} in the last half, "
     line += f"{said[half]} for half of the heads of every layer, {said[whole]} for all"
     assert line in IN_RESULTS
-    assert f"the early layers, by {report['pairs'][early]['best']['mean']:.3f} at tuned rates; in late layers alone" in IN_RESULTS
-    assert f"nor helps that can be seen ({said[late]})" in IN_RESULTS
     low, high = report["pairs"][late]["best"]["interval"]
     assert low < 0 < high and all(report["pairs"][name]["best"]["interval"][0] > 0 for name in (whole, early, half))
+
+
+def test_the_words_about_the_first_layer_are_the_committed_reports():
+    report, tuned, rates = map(report_of, ("heads_quick_first", "heads_quick_tuned", "heads_quick_first_rates"))
+    a = {cell["seed"]: cell["best_val_loss"] for cell in next(iter(tuned["arms"].values()))["cells"]}
+    first, others = (paired(a, {cell["seed"]: cell["best_val_loss"] for cell in arm["cells"]}) for arm in report["arms"].values())
+    assert list(report["arms"]) == [f"quick_laplacian_diffusion_heads={heads}_learning_rate=4e-3" for heads in ("4,0,0,0", "0,4,4,4")] and len(a) == 8
+    best = {}
+    for name, arm in rates["arms"].items():
+        best.setdefault(name.partition("_learning_rate=")[0], []).append((arm["best_val_loss"]["mean"], name.rpartition("=")[2]))
+    assert all(len(some) == 4 and min(some)[1] == "4e-3" for some in best.values()), "tuned, and no edge"
+    alone, without = ("{} ({} to {})".format(*(words(x, "+") for x in pair)) for pair in (first, others))
+    assert f"the first layer alone costs {alone}, all layers but the first {without}." in IN_RESULTS
+    sentence = (
+        f"in the first layer, by {first[0]:.3f} at tuned rates; in all layers but the first it neither harms nor helps that can be seen ({without})"
+    )
+    assert sentence in IN_RESULTS and others[1] < 0 < others[2]
+    assert f"the first layer alone does the harm (by {first[0]:.3f}; all layers but the first: {without})" in IN_README
+
+
+def test_the_words_about_the_map_are_the_committed_report():
+    table = json.loads((ROOT / "results" / "lambda_map" / "map.json").read_text())
+    report = report_of("lambda_map")
+    assert len(table) == len(report["arms"]) == 84 and not any(arm["diverged"] for arm in report["arms"].values())
+    late = max(arm["val_loss"]["mean"] - arm["best_val_loss"]["mean"] for arm in report["arms"].values())
+    assert f"each ends within {math.ceil(late * 1e4) / 1e4:.4f} of its best" in IN_RESULTS
+    cells = {(c["lambda"], c["rate"], c["batch"]): c for c in table.values() if c["alpha"] in (None, 1)}
+    behind = [cell["against_A"] for (lam, _, _), cell in cells.items() if lam]
+    assert all(cell["runs"] == 2 and cell["steps"] * cell["batch"] == 76_800 for cell in table.values())
+    assert f"in all {len(behind)} cells with λ > 0, by {min(behind):.3f} to {max(behind):.3f}," in IN_RESULTS and min(behind) > 0
+    missing = {(0.5, rate, 64) for rate in (3e-4, 1e-3, 2e-3, 4e-3)}
+    assert missing == {(lam, rate, b) for lam in (None, 0, 0.25, 0.5, 1, 1.5, 2) for rate in (3e-4, 1e-3, 2e-3, 4e-3) for b in (32, 64, 128)} - set(
+        cells
+    )
+    line = "at 1e-3 and λ = 1 by {:.3f}, {:.3f} and {:.3f} for batches of 32, 64 and 128"
+    assert line.format(*(cells[1, 1e-3, batch]["against_A"] for batch in (32, 64, 128))) in IN_RESULTS
+    hard = [cells[lam, 4e-3, 32]["against_A"] for lam in (0.25, 0.5, 1, 1.5, 2)]
+    assert f"at 4e-3 and a batch of 32 A − I ends {min(hard):.3f} to {max(hard):.3f} behind" in IN_RESULTS
+    assert {f"{cell['loss']:.1f}" for (lam, _, _), cell in cells.items() if lam == 0} == {"2.5"} and "(λ = 0) the loss is 2.48." in IN_RESULTS
+    by_alpha = {c["alpha"]: c["loss"] for c in table.values() if c["alpha"] not in (None, 1)}
+    by_alpha |= {0: cells[None, 1e-3, 64]["loss"], 1: cells[1, 1e-3, 64]["loss"]}
+    text = ", ".join(f"{by_alpha[alpha]:.3f} ({alpha:g})" for alpha in (0, 0.25, 0.5, 0.75, 1)) + f" and {by_alpha[1.25]:.3f} (1.25)"
+    assert f"By α at 1e-3 and a batch of 64 the loss is {text}." in IN_RESULTS and len(by_alpha) == 6
+
+
+def test_the_words_about_trained_weights_and_learned_alphas_are_the_committed_reports():
+    report = report_of("pretrained")
+    curves = {}
+    for name, config in report["provenance"]["configs"].items():
+        curves[config["diffusion_alpha"]] = {cell["seed"]: [loss for _, loss, *_ in cell["curve"]] for cell in report["arms"][name]["cells"]}
+    start = {alpha: sum(curve[0] for curve in some.values()) / 5 for alpha, some in curves.items()}
+    assert f"from {start[0]:.4f} to {start[0.1]:.4f} at α = 0.1 and {start[1]:.4f} at 1." in IN_RESULTS and len(curves) == 11
+    ends = {alpha: {seed: curve[-1] for seed, curve in some.items()} for alpha, some in curves.items()}
+    text = f"it is {sum(ends[0].values()) / 5:.4f} with α = 0, lower by "
+    text += "{:.4f} ({:.4f} to {:.4f}) at 0.2, {:.4f} ({:.4f} to {:.4f}) at 0.3 and {:.4f} ({:.4f} to {:.4f}) at 0.4, and higher by "
+    gains = [x for alpha in (0.2, 0.3, 0.4) for x in paired(ends[alpha], ends[0])]
+    assert text.format(*gains) + "{:.4f} ({:.4f} to {:.4f}) at 1.".format(*paired(ends[0], ends[1])) in IN_RESULTS and len(ends[0]) == 5
+    probes = [json.loads((ROOT / "results" / "heads_learned" / f"seed-{seed}.json").read_text())["probe"] for seed in (1, 2, 3)]
+    alphas = [[probe[f"layer {layer} head {head} alpha"] for probe in probes for head in range(6)] for layer in range(6)]
+    means = [sum(some) / len(some) for some in alphas]
+    text = "{:.2f} on average in the second of six layers and {:.2f} to {:.2f} in the later ones, none of them outside {} to {:.2f}."
+    rest = [alpha for some in alphas[1:] for alpha in some]
+    assert text.format(means[1], min(means[2:]), max(means[2:]), f"{min(rest):.2f}".replace("-", "−"), max(rest)) in IN_RESULTS
+    assert f"they scatter from {min(alphas[0]):.2f} to {max(alphas[0]):.2f} (".replace("-", "−") in IN_RESULTS
 
 
 def test_the_words_about_heads_and_alpha_are_the_committed_reports():
