@@ -4,7 +4,6 @@ Its pictures are files or folders of files, reduced as data/imagenet16/prepare.p
 that the model was trained on.
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +42,7 @@ def read_pictures(given: str, count: int, meta: dict) -> tuple[np.ndarray, list[
 
 def draw_sheet(pictures: np.ndarray, captions: list[str]) -> bytes:
     """A PNG with the pictures, enlarged without smoothing, each over its caption."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from figures import plt, png
 
     columns = min(5, len(pictures))
     rows = -(-len(pictures) // columns)
@@ -56,10 +52,7 @@ def draw_sheet(pictures: np.ndarray, captions: list[str]) -> bytes:
     for axis, picture, caption in zip(axes.flat, pictures, captions):
         axis.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
         axis.set_title(caption, fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 @torch.inference_mode()

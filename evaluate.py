@@ -56,7 +56,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
     with one_line_errors():
         command_line = configure(EvaluateConfig)
 
-import io
 import json
 import math
 import platform
@@ -64,7 +63,6 @@ import sys
 import zlib
 from typing import Callable, Iterator
 
-import matplotlib
 import numpy as np
 import torch
 from tabulate import tabulate
@@ -74,12 +72,10 @@ from tqdm import tqdm
 import onednn
 from checkpoint import load_model
 from dataset import Pictures, Tokenizer, Tokens, prepare_if_missing, read_meta, write_file
+from figures import plt, save_figure
 from model import GPT, ViT, plain_attention
 from place import Place, find_place, say
 from prior import own_margins
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PERTURB_STREAM = 4  # SeedSequence keys (seed, stream, perturbation, window): 1 is data order, 2 dropout, 3 sampling
 BATCH_TOKENS = 8192
@@ -449,14 +445,6 @@ EVALUATORS = {"perturb": perturbations, "margins": margins, "probe": unrolled}  
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Figures, drawn from the report alone
-
-
-def save_figure(path: Path, figure):
-    """PNG, written whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    plt.close(figure)
-    write_file(path, buffer.getvalue())
 
 
 def draw_margins(path: Path, results: dict):

@@ -60,7 +60,6 @@ if __name__ == "__main__":  # before torch is imported
             configure(ProbeConfig, ["--help"])
         command_line = parse(sys.argv[1:])
 
-import io
 import json
 import math
 from pathlib import Path
@@ -266,10 +265,7 @@ def curves(rows: list[dict], quantity: str) -> dict[int, list[float]]:
 
 def draw(path: Path, runs: dict[str, list[dict]]):
     """One column per run, one row per quantity: curves over training time, one per layer, dark is shallow. Rows share their vertical axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from figures import plt, save_figure
 
     figure, grid = plt.subplots(
         len(ROWS), len(runs), figsize=(1.5 + 4.2 * len(runs), 2.0 * len(ROWS)), layout="constrained", squeeze=False, sharex="col", sharey="row"
@@ -294,10 +290,7 @@ def draw(path: Path, runs: dict[str, list[dict]]):
     )
     bar.set_ticks(levels[:: max(1, len(levels) // 12)])
     bar.set_label("layer, from 0; for the rank: blocks passed")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    plt.close(figure)
-    write_file(path, buffer.getvalue())
+    save_figure(path, figure, dpi=100)
 
 
 def table(values: dict[str, float]) -> str:

@@ -69,7 +69,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
         command_line = configure(UnrollConfig)
 
 import dataclasses
-import io
 import itertools
 import json
 import shlex
@@ -79,10 +78,10 @@ import time
 import warnings
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import sklearn.datasets
 import torch
+from matplotlib.animation import FuncAnimation, PillowWriter
 from scipy import stats
 from sklearn.decomposition import PCA
 from sklearn.manifold import SpectralEmbedding
@@ -93,13 +92,10 @@ from tqdm import tqdm
 
 import theory
 from dataset import Pictures, prepare_if_missing, write_file
+from figures import plt, save_figure
 from model import Block, ViTConfig, attention_matrix
 from place import find_place, say
 from variants import add_theory_to_block
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.animation import FuncAnimation, PillowWriter
 
 PICTURE_STREAM, MAP_STREAM = 4, 5  # SeedSequence keys (seed, stream); train.py and sample.py use 1 to 3
 SWEEP_SEED = 1_000_000  # far from the seeds that are reported
@@ -249,14 +245,6 @@ def climb(X, kind: str, config: UnrollConfig) -> list[dict]:
 # Figures
 
 
-def save_figure(path: Path, figure):
-    """PNG, written whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    write_file(path, buffer.getvalue())
-
-
 def scatter(axes, X, labels, title: str):
     """The first two dimensions, coloured by digit, within the middle 99.5 % of each."""
     X = np.asarray(X)
@@ -280,7 +268,7 @@ def draw_latents(path: Path, panels: list[tuple[str, np.ndarray]], labels):
         else:
             points = scatter(axes, panel[1], labels, panel[0])
     figure.colorbar(points, ax=grid, ticks=range(10), label="digit", shrink=0.8)
-    save_figure(path, figure)
+    save_figure(path, figure, dpi=110)
 
 
 def draw_steps(path: Path, seen: dict[str, list], labels):
@@ -318,7 +306,7 @@ def draw_accuracy(path: Path, curves: dict[str, dict[str, np.ndarray]], baseline
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("share of pictures")
     grid[0].legend(loc="lower right", ncols=2, title=f"mean, 95 % interval, {len(values)} seed(s)" if len(values) > 1 else "one seed")
-    save_figure(path, figure)
+    save_figure(path, figure, dpi=110)
 
 
 def draw_inference(path: Path, found: dict[str, list[list[dict]]], n: int):
@@ -340,7 +328,7 @@ def draw_inference(path: Path, found: dict[str, list[list[dict]]], n: int):
             axes.axhline(0, color="black", linewidth=1)
         axes.grid(alpha=0.3)
     grid[0, 0].legend()
-    save_figure(path, figure)
+    save_figure(path, figure, dpi=110)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def together(reports: list[dict]) -> dict:
 
 def endpoints(whole: dict) -> dict[str, dict[int, float]]:
     """{arm: {seed: the endpoint's value}}, without runs that diverged. Raises InputError."""
-    from compare import ENDPOINTS
+    from report import ENDPOINTS
 
     try:
         key = ENDPOINTS[whole["endpoint"]][1]
@@ -70,7 +70,7 @@ def endpoints(whole: dict) -> dict[str, dict[int, float]]:
 
 def differences(arms: dict[str, dict[int, float]]) -> dict[str, dict]:
     """{"b − a": paired difference of arm b from arm a over their common seeds}, a before b."""
-    from compare import paired_difference
+    from report import paired_difference
 
     found = {}
     for (a, of_a), (b, of_b) in itertools.combinations(arms.items(), 2):
@@ -83,7 +83,7 @@ def tables(whole: dict, arms: dict, pairs: dict, folders: list) -> str:
     """Both as Markdown, and where each report comes from."""
     from tabulate import tabulate
 
-    from compare import ENDPOINTS, summary
+    from report import ENDPOINTS, summary
 
     rows = []
     for name, values in arms.items():
@@ -110,7 +110,7 @@ def main(arguments: list[str]):
     whole = together([report for _, report in found])
     arms = endpoints(whole)
     pairs = differences(arms)
-    from compare import draw_curves
+    from report import draw_curves
 
     contents = {"reports": [folder.name for folder, _ in found]} | {key: whole[key] for key in ("commands", "code", "endpoint")}
     contents |= {"arms": arms, "pairs": pairs}

@@ -41,7 +41,7 @@ def table(losses: dict, steps: int) -> str:
     """The table as Markdown."""
     from tabulate import tabulate
 
-    from compare import paired_difference, summary
+    from report import paired_difference, summary
 
     rows = []
     for alpha, ends in losses.items():
@@ -57,14 +57,10 @@ def table(losses: dict, steps: int) -> str:
 
 def draw(path: Path, losses: dict):
     """alpha.png: both losses over alpha, mean and standard deviation over seeds, and the differences after fine-tuning with their intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import numpy as np
 
-    from compare import paired_difference
-    from evaluate import save_figure
+    from figures import plt, save_figure
+    from report import paired_difference
 
     figure, (axes, near) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for end in ENDS:

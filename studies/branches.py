@@ -37,8 +37,8 @@ def measure(values: dict, config: dict) -> dict[str, float | None]:
 
 def read(folder: Path, report: dict) -> dict:
     """{arm: {"first" or "last": {"step", and for each of QUANTITIES mean, sd and n over seeds}}}. Raises InputError."""
-    from compare import summary
     from probe import read_record
+    from report import summary
 
     found = {}
     if not (folder / "cells").is_dir():

@@ -91,7 +91,7 @@ def words(value: float, digits: int, sign: str = "") -> str:
 
 def entries() -> list[dict]:
     """What each row is made of, from the cells of its reports. Raises InputError when they do not hold what ROWS says."""
-    from compare import paired_difference, summary
+    from report import paired_difference, summary
 
     found = []
     for question, short, directories, names in ROWS:
@@ -148,13 +148,9 @@ def row(entry: dict) -> str:
 
 def draw(path: Path, found: list[dict]):
     """The figure: rows of studies, panels of endpoints."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import numpy as np
 
-    from evaluate import save_figure
+    from figures import plt, save_figure
 
     panels = list(dict.fromkeys(entry["axis"] for entry in found))
     counts = [sum(entry["axis"] == axis for entry in found) for axis in panels]

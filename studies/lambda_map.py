@@ -116,13 +116,9 @@ def table(cells: dict) -> str:
 
 def draw(path: Path, cells: dict):
     """map.png: heat maps of lambda x rate per batch size, of losses and of differences from A, and the losses by alpha."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import numpy as np
 
-    from evaluate import save_figure
+    from figures import plt, save_figure
 
     maps, line, difference = grid(cells), line_of(cells), against_plain(cells)
     inside = {name for arms in maps.values() for (row, _), name in arms.items() if row is not None}

@@ -59,7 +59,7 @@ def figures(pair: dict) -> list[str]:
 
 def beyond_noise(report: dict) -> list[str]:
     """One sentence per arm with prior and embedding noise that has a control with the noise alone."""
-    from compare import robustness
+    from report import robustness
 
     configs, sentences = report["provenance"]["configs"], []
     noisy = {

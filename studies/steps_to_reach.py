@@ -31,7 +31,7 @@ def reached(curve: list, target: float) -> float:
 
 def ratios(report: dict) -> dict[str, dict]:
     """{arm: `targets`, `baseline_steps`, `arm_steps` and `ratios` of the seeds, and their `mean` and `interval`}. Raises InputError."""
-    from compare import paired_difference
+    from report import paired_difference
 
     found = {}
     try:

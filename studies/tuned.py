@@ -25,7 +25,7 @@ def spelled(rate: float) -> str:
 
 def read_rates(report: dict) -> dict[str, dict[float, float]]:
     """{arm without its rate: {rate: mean of the endpoint, turned so that more is better; nan where a run diverged}}. Raises InputError."""
-    from compare import ENDPOINTS
+    from report import ENDPOINTS
 
     found = {}
     try:

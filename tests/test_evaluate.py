@@ -21,6 +21,7 @@ from model import GPT, ViT, ViTConfig
 from pictures import PictureWriter
 from place import find_place
 from prior import own_margins
+from report import robustness
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(
@@ -390,7 +391,7 @@ def test_gains_are_one_minus_the_ratio_of_deltas_seed_by_seed():
         return {"evaluation": {"clean": {"loss": loss}, "perturb": {name: {"delta": value} for name, value in deltas.items()} | {"check": True}}}
 
     both = [(cell(2.0, a=0.5, b=0.1), cell(2.02, a=0.25, b=0.1)), (cell(2.5, a=0.5, b=-0.1), cell(2.5, a=0.375, b=0.1))]
-    found = compare.robustness(both)
+    found = robustness(both)
     assert found["clean_percent"]["mean"] == pytest.approx(0.5) and found["clean_percent"]["differences"] == pytest.approx([1.0, 0.0])
     gain = found["gains"]["a"]
     assert gain["differences"] == [0.5, 0.25] and gain["of_means"] == pytest.approx(0.375) and gain["mean_deltas"] == [0.5, 0.3125]

@@ -13,6 +13,7 @@ from scipy import stats
 from configurator import TrainConfig, build
 from model import GPT, GPTConfig
 from place import PEAK_FLOPS
+from report import FRONTIER, robustness
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -460,7 +461,6 @@ def test_the_table_of_the_barrier_is_the_committed_report(text, monkeypatch):
 
 
 def test_the_words_about_the_barrier_are_the_committed_reports():
-    import compare
 
     selection, texts = report_of("map_selection"), {text: report_of(f"map_{text}_char") for text in ("shakespeare", "wikitext2")}
     configs = selection["provenance"]["configs"]
@@ -492,22 +492,15 @@ def test_the_words_about_the_barrier_are_the_committed_reports():
     assert not any(own in name for name, _ in above) and all(mean < 0.01 for _, mean in above)
     assert f"{len(above)} of {len(intervals)} have an interval above 0 (neither reaches 1 %) and {below} one below, no more" in IN_BARRIER
     endpoints = {
-        text: [
-            pair["gains"][e]["interval"]
-            for name, pair in report["pairs"].items()
-            if "barrier" in name and "noise" not in name
-            for e in compare.FRONTIER
-        ]
+        text: [pair["gains"][e]["interval"] for name, pair in report["pairs"].items() if "barrier" in name and "noise" not in name for e in FRONTIER]
         for text, report in texts.items()
     }
     assert all(high < 0.15 for _, high in endpoints["shakespeare"][1::2])
     assert [sum(low < 0.15 < high for low, high in some) for some in (endpoints["shakespeare"][::2], endpoints["wikitext2"])] == [3, 6]
     stage = {name.removeprefix("shakespeare_char_"): pair for name, pair in selection["pairs"].items()}
-    assert (
-        f"does {1 - stage['embed_noise=1']['gains'][compare.FRONTIER[1]]['mean']:.1f} times the damage (stage 1, two seeds, undecided)" in IN_BARRIER
-    )
+    assert f"does {1 - stage['embed_noise=1']['gains'][FRONTIER[1]]['mean']:.1f} times the damage (stage 1, two seeds, undecided)" in IN_BARRIER
     dropout = stage["dropout=0.3"]
-    gains = [100 * dropout["gains"][e]["mean"] for e in compare.FRONTIER]
+    gains = [100 * dropout["gains"][e]["mean"] for e in FRONTIER]
     assert "(+{:.0f} % and +{:.0f} % at +{:.1f} % clean loss)".format(*gains, dropout["clean_percent"]["mean"]) in IN_BARRIER
     detached = report_of("map_detach")
     again = [report["arms"]["shakespeare_char"]["cells"][1] for report in (texts["shakespeare"], detached)]
@@ -530,8 +523,8 @@ def test_the_words_about_the_barrier_are_the_committed_reports():
     costs = []
     for text in texts:
         names = [arm(text, words)[0] for words in ("char_embed_noise=0.5", "barrier_noise_embed_noise=0.5")]
-        pair = compare.robustness(list(zip(*(texts[text]["arms"][name]["cells"] for name in names))))
-        assert all(low < 0 < high for low, high in (pair["gains"][e]["interval"] for e in compare.FRONTIER))
+        pair = robustness(list(zip(*(texts[text]["arms"][name]["cells"] for name in names))))
+        assert all(low < 0 < high for low, high in (pair["gains"][e]["interval"] for e in FRONTIER))
         costs += [pair["clean_percent"]["mean"], *pair["clean_percent"]["interval"]]
     words = "costs {:.2f} % ({:.2f} to {:.2f}) of the clean loss on Shakespeare and {:.2f} % ({:.2f} to {:.2f}) on WikiText-2"
     assert words.format(*costs).replace("-", "−").replace("WikiText−2", "WikiText-2") in IN_BARRIER
