@@ -128,7 +128,7 @@ import checkpoint
 import evaluate
 from dataset import ROOT, incomplete, prepare_if_missing, read_meta, sha256_of, write_file
 from place import find_place, say
-from report import ENDPOINTS, analyse, draw_curves, draw_frontier, draw_paired, tables
+from report import ENDPOINTS, analyse, draw_curves, draw_frontier, draw_paired, tables, title
 from train import SCHEDULE, Diverged, Interrupted, build, check_prior, rescheduled, train
 
 # keys that cannot change a run's losses, so a cell may be used again when they differ; data and device are told by checksum and name
@@ -445,7 +445,7 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
         figures.append("frontier.png")
     report = {"endpoint": comparison.endpoint, "arms": summaries, "pairs": pairs, "provenance": origin}
     write_file(out_dir / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    lines = [f"# {' against '.join(arms)}", "", text, "", "![validation loss](curves.png)", "![paired differences](paired.png)", ""]
+    lines = [f"# {title(list(arms))}", "", text, "", "![validation loss](curves.png)", "![paired differences](paired.png)", ""]
     lines += ["![robustness against clean loss](frontier.png)", ""] if "frontier.png" in figures else []
     lines += [f"Data: {origin['data']}. Losses on other data are not comparable.", ""]
     processes = origin["processes_of_this_call"]

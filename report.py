@@ -139,6 +139,11 @@ def robustness(both: list[tuple[dict, dict]]) -> dict:
     return result
 
 
+def title(arms: list[str]) -> str:
+    """The arms by name, of many the first."""
+    return " against ".join(arms) if len(arms) <= 4 else f"{arms[0]} against {len(arms) - 1} other arms"
+
+
 def tables(arms: dict, pairs: dict) -> str:
     """The two tables and the verdicts as Markdown."""
 

@@ -181,6 +181,11 @@ def test_a_diverged_run_is_counted_and_its_pair_left_out():
     assert "| base  | 3 (+ 1 diverged) | 3.0000 ± 1.0000" in text
 
 
+@pytest.mark.parametrize("arms, words", [("ab", "a against b"), ("abcd", "a against b against c against d"), ("abcde", "a against 4 other arms")])
+def test_a_title_names_a_few_arms_and_counts_many(arms, words):
+    assert report.title(list(arms)) == words
+
+
 def test_pictures_of_which_nothing_is_left_are_reported():
     arms, pairs = analyse("top1", {name: [cell(1, None), cell(2, None)] for name in ("base", "arm")})
     assert "0 pair(s)" in pairs["arm"]["verdict"] and "(+ 2 diverged)" in tables(arms, pairs)
