@@ -52,7 +52,7 @@ import torch
 
 from checkpoint import CONV1D, config_of, read_meta, read_weights
 from dataset import ROOT, gpt2_bpe, put_in_place, write_file
-from model import GPTConfig
+from model import GPTConfig, diffusing_heads
 
 MODELLING = "hf_modeling.py"
 GPT2_VOCABULARY = 50257
@@ -85,7 +85,6 @@ def config_json(config: GPTConfig, vocab_size: int, end: int | None) -> dict:
     }
     if not config.diffusion:
         return about
-    heads = config.diffusion_heads or (config.n_head,)
     module = MODELLING.removesuffix(".py")
     return about | {
         "architectures": ["GraphDiffusionLMHeadModel"],
@@ -93,7 +92,7 @@ def config_json(config: GPTConfig, vocab_size: int, end: int | None) -> dict:
         "auto_map": {"AutoConfig": f"{module}.GraphDiffusionConfig", "AutoModelForCausalLM": f"{module}.GraphDiffusionLMHeadModel"},
         "diffusion_alpha": config.diffusion_alpha,
         "diffusion_lambda": config.diffusion_lambda,
-        "diffusion_heads": list(heads if len(heads) > 1 else heads * config.n_layer),
+        "diffusion_heads": [diffusing_heads(config, layer) for layer in range(config.n_layer)],
     }
 
 

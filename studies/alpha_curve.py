@@ -17,7 +17,7 @@ ENDS = {"as they are": 0, "after fine-tuning": -1}  # which point of a run's cur
 
 def read_losses(report: dict) -> dict[float, dict[str, list[float]]]:
     """{alpha: {end: losses of the seeds}}, alphas ascending. Raises InputError."""
-    found, others = {}, set()
+    found, others, seeds = {}, set(), set()
     try:
         for name, arm in report["arms"].items():
             if arm["diverged"]:
@@ -25,10 +25,12 @@ def read_losses(report: dict) -> dict[float, dict[str, list[float]]]:
             config = report["provenance"]["configs"][name]
             alpha = config["diffusion_alpha"]
             others.add(json.dumps({key: value for key, value in config.items() if key not in ("diffusion_alpha", "out_dir")}, sort_keys=True))
-            found[alpha] = {end: [cell["curve"][at][1] + 0.0 for cell in arm["cells"]] for end, at in ENDS.items()}
-            if len(found[alpha]["as they are"]) != len(next(iter(found.values()))["as they are"]):
-                raise ValueError("numbers of seeds")
-    except (KeyError, IndexError, TypeError, ValueError):
+            cells = sorted(arm["cells"], key=lambda cell: cell["seed"])  # pairs are of the same seed
+            seeds.add(tuple(cell["seed"] for cell in cells))
+            found[alpha] = {end: [cell["curve"][at][1] + 0.0 for cell in cells] for end, at in ENDS.items()}
+        if len(seeds) > 1 or () in seeds:
+            raise ValueError("numbers of seeds")
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         raise InputError("the report is not one of compare.py") from None
     if len(others) > 1:
         raise InputError("the arms of the report differ in more than diffusion_alpha: a curve over alpha would mix them up")
@@ -63,7 +65,7 @@ def draw(path: Path, losses: dict):
     from report import paired_difference
 
     figure, (axes, near) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for end in ENDS:
+    for end in ENDS:  # the last one, after fine-tuning, is the one of the differences
         values = np.array([ends[end] for ends in losses.values()])
         axes.errorbar(list(losses), values.mean(axis=1), values.std(axis=1, ddof=min(1, values.shape[1] - 1)), fmt="o-", capsize=3, label=end)
     axes.set(xlabel="α in A − α I, on weights trained with α = 0", ylabel="validation loss (nats per prediction)", yscale="log")
@@ -76,6 +78,7 @@ def draw(path: Path, losses: dict):
         near.plot(alpha, pair["mean"], "D", color=colour)
     near.axhline(0, color="black", linestyle="--", linewidth=1)
     near.set_yscale("symlog", linthresh=max(1e-9, min(abs(pair["mean"]) for pair in pairs.values())))
+    near.margins(y=0.08)
     near.set(xlabel="α", ylabel=f"loss {end}, minus that at α = 0")
     for some in (axes, near):
         some.grid(alpha=0.3, which="both")

@@ -23,14 +23,14 @@ def measure(values: dict, config: dict) -> dict[str, float | None]:
     """One record of probe.py -> QUANTITIES; None where there is no such head."""
     from model import diffusing_heads
 
-    layers, H = range(config["n_layer"]), config["n_head"]
+    layers, H, form = range(config["n_layer"]), config["n_head"], SimpleNamespace(**config)
     sums: dict[str, list[float]] = {name: [] for name in QUANTITIES}
     for layer in layers:
         where = "first layer" if layer == 0 else "others"
         for branch in ("attention", "mlp"):
             sums[f"{branch}, {where}"].append(values[f"layer {layer} {branch}_rms"] / values[f"layer {layer} stream_rms"])
         for head in range(H) if layer else ():
-            kind = "diffusing" if head >= H - diffusing_heads(SimpleNamespace(**config), layer) else "plain"
+            kind = "diffusing" if head >= H - diffusing_heads(form, layer) else "plain"
             sums[f"diagonal, {kind} heads"].append(values[f"layer {layer} head {head} diagonal"])
     return {name: sum(some) / len(some) if some else None for name, some in sums.items()}
 

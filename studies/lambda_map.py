@@ -1,9 +1,10 @@
 """Heat maps of the lambda study: python studies/lambda_map.py results/lambda_map
 
-Reads report.json of a comparison whose arms differ in diffusion_lambda, diffusion_alpha, learning_rate and batch_size, and writes map.png, map.md and
-map.json beside it: for every batch size the mean best validation loss over seeds by lambda and learning rate of lambda (A - I), below it, where A was
-run at every rate and batch size too, the mean paired difference from A, and the loss by alpha of A - alpha I where there are such arms. A cell with
-runs that diverged says how many of how many, and its numbers are of the others. All runs must have the same number of steps or of sequences.
+Reads report.json of a comparison whose arms differ in diffusion_lambda, diffusion_alpha, learning_rate and batch_size, and writes map.png, map.md
+and map.json beside it: for every batch size the mean best validation loss over seeds by lambda and learning rate of lambda (A - I), below it the
+mean paired difference from A where A was run at that rate and batch size, and the loss by alpha of A - alpha I, at one rate and batch size, where
+there are such arms. A cell with runs that diverged says how many of how many, and its numbers are of the others. All runs must have the same number
+of steps or of sequences.
 """
 
 import json
@@ -29,17 +30,26 @@ def read_cells(report: dict) -> dict[str, dict]:
             config = report["provenance"]["configs"][name]
             others.add(json.dumps({key: value for key, value in config.items() if key not in FREE}, sort_keys=True))
             plain = not config["diffusion"]
-            cell = {"lambda": None if plain else config["diffusion_lambda"], "alpha": None if plain else config["diffusion_alpha"]}
-            cell |= {"rate": config["learning_rate"], "batch": config["batch_size"] * config["gradient_accumulation_steps"]}
+            cell = {"lambda": None if plain else config["diffusion_lambda"] + 0.0, "alpha": None if plain else config["diffusion_alpha"] + 0.0}
+            cell |= {"rate": config["learning_rate"] + 0.0, "batch": config["batch_size"] * config["gradient_accumulation_steps"]}
+            same = [other for other, one in cells.items() if all(one[key] == value for key, value in cell.items())]
+            if same:
+                raise InputError(f"arms {same[0]} and {name} have the same lambda, alpha, rate and batch size: a cell of the map has one")
             losses = {one["seed"]: one["best_val_loss"] + 0.0 for one in arm["cells"] if "diverged_at" not in one}
+            if not all(map(math.isfinite, losses.values())):
+                raise ValueError("a loss that is no number")
             cell |= {"steps": config["max_iters"], "losses": losses, "loss": sum(losses.values()) / len(losses) if losses else math.nan}
             cells[name] = cell | {"diverged": len(arm["cells"]) - len(losses), "runs": len(arm["cells"])}
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError("the report is not one of compare.py") from None
     if len(others) > 1:
         raise InputError("the arms of the report differ in other keys too: a map would mix them up")
     if all(cell["lambda"] is None for cell in cells.values()):
         raise InputError("no arm of the report has diffusion=True: there is nothing to map")
+    if not any(cell["losses"] for cell in cells.values() if cell["alpha"] == 1 and cell["lambda"]):
+        raise InputError("no arm with diffusion_alpha=1 and a lambda above 0 has a run that did not diverge: there is nothing to map")
+    if len({(cell["rate"], cell["batch"]) for cell in cells.values() if cell["alpha"] not in (None, 1)}) > 1:
+        raise InputError("the arms with another diffusion_alpha than 1 have several rates or batch sizes: the line by alpha has one")
     if len({cell["steps"] for cell in cells.values()}) > 1 and len({cell["steps"] * cell["batch"] for cell in cells.values()}) > 1:
         raise InputError("the arms have neither the same number of steps (max_iters) nor the same number of sequences: a map would mix them up")
     return cells
@@ -121,9 +131,9 @@ def draw(path: Path, cells: dict):
     from figures import plt, save_figure
 
     maps, line, difference = grid(cells), line_of(cells), against_plain(cells)
-    inside = {name for arms in maps.values() for (row, _), name in arms.items() if row is not None}
     kinds = [({name: cell["loss"] for name, cell in cells.items()}, ".3f", "best validation loss")]
-    if all(name in difference or not cells[name]["losses"] for name in inside):  # A is everywhere
+    plain = [cell for cell in cells.values() if cell["lambda"] is None]
+    if len(plain) > 1 and difference:  # more than the line by alpha needs
         kinds.append((difference, "+.3f", "difference from A"))
     columns, rates = len(maps) + bool(line), sorted({rate for arms in maps.values() for _, rate in arms})
     size = (1.6 + 3.2 * columns, 0.6 + 3.5 * len(kinds))
@@ -170,8 +180,8 @@ def main(arguments: list[str]):
     found, difference = {}, against_plain(cells)
     for name, cell in cells.items():
         found[name] = cell | {"loss": None if math.isnan(cell["loss"]) else cell["loss"], "against_A": difference.get(name)}
+    write_table(folder, "map", found, table(cells))  # first, since it may refuse
     draw(folder / "map.png", cells)
-    write_table(folder, "map", found, table(cells))
     print(folder / "map.png")
 
 

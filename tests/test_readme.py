@@ -1,5 +1,6 @@
 """The numbers of README.md and of the pages in docs/ are those of the committed reports, and what they name exists."""
 
+import itertools
 import json
 import math
 import re
@@ -10,9 +11,6 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from configurator import TrainConfig, build
-from model import GPT, GPTConfig
-from place import PEAK_FLOPS
 from report import FRONTIER, robustness
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,11 +161,17 @@ def test_the_table_of_gpt2_by_rate_is_the_committed_reports(across):
         assert all(sign * (loss - across[f"learning_rate={rate}"][seed]) > 0 for seed, loss in across[arm + rate].items()), "on every seed"
     gains = [paired(across[arm + "2.4e-3"], across[arm + "1.2e-3"]) for arm in ("learning_rate=", HALF)]
     flat = [words(x) for gain in gains for x in gain]
-    assert "for A by {} ({} to {}) and for half of the heads by {} ({} to {}), and is the largest".format(*flat) in IN_RESULTS
-    assert "2.4e-3, for A by {:.3f} and for half of the heads by {:.3f};".format(*(gain[0] for gain in gains)) in IN_README
+    assert "for A by {} ({} to {}), which is undecided, and for half of the heads by {} ({} to {}), and is the".format(*flat) in IN_RESULTS
+    assert "2.4e-3, for A by {:.3f} (undecided) and for half of the heads by {:.3f},".format(*(gain[0] for gain in gains)) in IN_README
+    assert gains[0][1] < 0 < gains[1][1]
+    lead = [{seed: loss - across[HALF + rate][seed] for seed, loss in across[f"learning_rate={rate}"].items()} for rate in rates[1:]]
+    assert (
+        "smaller at 2.4e-3 than at 1.2e-3 on every seed, by {:.4f}, {:.4f} and {:.4f}.".format(*(lead[0][s] - lead[1][s] for s in (1, 2, 3)))
+        in IN_RESULTS
+    )
     curve = json.loads((ROOT / "results" / "gpt2_laplacian_edge" / "seed-1.json").read_text())["result"]["curve"]
     (step, low), (_, end) = min(curve, key=lambda point: point[1]), curve[-1]
-    assert f"falls to {low:.4f} at step {step} and is {end:.4f} at the end" in IN_RESULTS
+    assert f"it falls to {low:.4f} at step {step} and is {end:.4f} at the end" in IN_RESULTS
     assert f"on one seed, its loss turns at {low:.2f} and ends at {end:.2f}." in IN_README
 
 
@@ -186,7 +190,6 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     behind = paired(large, across[ALL + "1.2e-3"])
     assert f"in all heads ends behind A at 1.2e-3, by {behind[0]:.3f};" in IN_README
     once, gain = -paired(small, across[HALF + "1.2e-3"])[0], paired(large, small)
-    assert f"once said {once:.3f}, of which {gain[0]:.3f} was a rate tuned" in IN_README
     assert f"**A lead of {once:.3f} that was not.**" in RESULTS and f"half of the heads led by {once:.4f}, and" in IN_RESULTS
     undecided = paired(small, across[ALL + "1.2e-3"])
     assert "A − I was undecided, {} ({} to {})".format(*(words(x, "+") for x in undecided)) in IN_RESULTS
@@ -251,17 +254,9 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     assert "it is {2}, {1} and {0} (`".format(*counts[1]) in IN_RESULTS
     assert f"these differences at 1.2e-3, {spread[0]:.4f} for A − I" in IN_RESULTS and f"that of the mixture, {spread[1]:.4f}," in IN_RESULTS
 
-    def flops(c) -> int:
-        """Network.flops_per_token of a config without biases, without making its weights."""
-        parameters = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd + (2 * c.n_layer + 1) * c.n_embd
-        return 6 * parameters + 12 * c.n_layer * c.n_embd * c.block_size
-
-    small = GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=24)
-    assert flops(small) == GPT(small).flops_per_token()
-    ours, largest = (flops(build(TrainConfig, [str(ROOT / "config" / f"{name}.py")], [])) for name in ("gpt2_100m", "gpt2_1b3"))
-    mfu = 65536 / report["arms"][a]["ms"]["mean"] * 1e3 * ours / PEAK_FLOPS["H100"]
-    hours = 118e6 * largest / (mfu * PEAK_FLOPS["H100"]) / 3600
-    assert f"takes {hours:.2f} hours of an H100 at the MFU of these runs ({100 * mfu:.0f} %," in IN_RESULTS
+    speed = json.loads((ROOT / "results" / "bench" / "h100_scale_gpt2_1b3.json").read_text())
+    hours = 118e6 / speed["rows"][0]["tokens_per_s"] / 3600
+    assert f"takes {hours:.2f} hours of an H100" in IN_RESULTS and f"for A with {speed['bench']['batch_size']} sequences a step" in IN_RESULTS
     assert f"eight pairs and one pass are {16 * hours:.0f} GPU-hours, 54 pairs {108 * hours:.0f}." in IN_RESULTS
     assert (counts[0][1], counts[1][1]) == (54, 8)
 
@@ -429,10 +424,11 @@ def test_the_speed_with_gelu_inside_is_the_committed_benchmarks():
     assert f"inside and outside: GPT-2 {inside} ms against {apart}, `shakespeare_char`" in IN_README
     (a, _, _), (laplacian, _, row) = rows("train_gpt2")
     more = f"A − I {laplacian}, {100 * (row['ratio']['median'] - 1):.1f} % more; {row['peak_gib']:.1f} GiB"
+    assert f"A − I costs {100 * (row['ratio']['median'] - 1):.1f} % there." in IN_README
     assert f"| the same, A against A − I | | | {a} | {more} |\n" in SPEED
     (apart, _, _), (inside, _, _) = rows("inside_shakespeare_char")
     assert f"| a step of `shakespeare_char` (64 × 256 characters) | | {apart} | {inside} | |\n" in SPEED
-    assert f"`shakespeare_char` {inside} against {apart}." in IN_README
+    assert f"`shakespeare_char` {inside} against {apart};" in IN_README
     (apart, _, row), (inside, _, _) = rows("inside_imagenet16")
     products = f"matrix products alone {row['kernels_ms']['matrix products']:.2f}"
     assert f"| a step of `imagenet16` (512 pictures) | | {apart} | {inside} | {products} |\n" in SPEED
@@ -576,6 +572,11 @@ def test_the_words_about_the_first_layer_are_the_committed_reports():
     assert all(len(some) == 4 and min(some)[1] == "4e-3" for some in best.values()), "tuned, and no edge"
     alone, without = ("{} ({} to {})".format(*(words(x, "+") for x in pair)) for pair in (first, others))
     assert f"the first layer alone costs {alone}, all layers but the first {without}." in IN_RESULTS
+    cells = [
+        {cell["seed"]: cell["best_val_loss"] for cell in arm["cells"]}
+        for arm in (list(tuned["arms"].values())[1], next(iter(report["arms"].values())))
+    ]
+    assert "wins {:.4f} ({:.4f} to {:.4f}) back".format(*paired(*cells)) in IN_RESULTS
     sentence = (
         f"in the first layer, by {first[0]:.3f} at tuned rates; in all layers but the first it neither harms nor helps that can be seen ({without})"
     )
@@ -587,12 +588,27 @@ def test_the_words_about_the_map_are_the_committed_report():
     table = json.loads((ROOT / "results" / "lambda_map" / "map.json").read_text())
     report = report_of("lambda_map")
     assert len(table) == len(report["arms"]) == 84 and not any(arm["diverged"] for arm in report["arms"].values())
-    late = max(arm["val_loss"]["mean"] - arm["best_val_loss"]["mean"] for arm in report["arms"].values())
+    late = max(cell["val_loss"] - cell["best_val_loss"] for arm in report["arms"].values() for cell in arm["cells"])
     assert f"each ends within {math.ceil(late * 1e4) / 1e4:.4f} of its best" in IN_RESULTS
     cells = {(c["lambda"], c["rate"], c["batch"]): c for c in table.values() if c["alpha"] in (None, 1)}
     behind = [cell["against_A"] for (lam, _, _), cell in cells.items() if lam]
     assert all(cell["runs"] == 2 and cell["steps"] * cell["batch"] == 76_800 for cell in table.values())
-    assert f"in all {len(behind)} cells with λ > 0, by {min(behind):.3f} to {max(behind):.3f}," in IN_RESULTS and min(behind) > 0
+    pairs = [loss - cells[None, rate, b]["losses"][s] for (lam, rate, b), c in cells.items() if lam for s, loss in c["losses"].items()]
+    count = f"in {sum(pair > 0 for pair in pairs)} pairs of {len(pairs)}"
+    assert f"in all {len(behind)} cells with λ > 0, {count}, by {min(behind):.3f} to {max(behind):.3f} a cell," in IN_RESULTS and min(behind) > 0
+    assert f"tried, {count}." in IN_README
+    small = [[c["loss"] for (lam, r, b), c in cells.items() if lam and (r, b) == at] for at in itertools.product((3e-4, 1e-3), (32, 64, 128))]
+    assert f"differ by {max(max(some) - min(some) for some in small):.3f} at most" in IN_RESULTS
+    scatter = max(abs(c["losses"]["1"] - c["losses"]["2"]) for (lam, r, b), c in cells.items() if lam and (r, b) == (4e-3, 32))
+    assert f"two seeds of one cell differ by up to {scatter:.3f}." in IN_RESULTS
+    own = report_of("shakespeare_char_own_rate")["arms"]
+    a, laplacian = ([dict((step, loss) for step, loss, *_ in cell["curve"]) for cell in arm["cells"]] for arm in own.values())
+    behind = {step: sum(b[step] - loss for b, loss in ((two, one[step]) for one, two in zip(a, laplacian))) / len(a) for step in a[0]}
+    assert f"behind A by {behind[1000]:.3f} at step 1000" in IN_RESULTS and behind[2000] > 0 > behind[2250]
+    first = next(iter(own.values()))
+    assert f"at its best (step {first['best_step']['mean']:.0f})" in IN_RESULTS
+    ends = cells[None, 2e-3, 32]["loss"], own["shakespeare_char_laplacian"]["best_val_loss"]["mean"]
+    assert "ends at {:.4f} after 2400 steps, on two seeds, where A − I's best on the first page is {:.4f}.".format(*ends) in IN_RESULTS
     missing = {(0.5, rate, 64) for rate in (3e-4, 1e-3, 2e-3, 4e-3)}
     assert missing == {(lam, rate, b) for lam in (None, 0, 0.25, 0.5, 1, 1.5, 2) for rate in (3e-4, 1e-3, 2e-3, 4e-3) for b in (32, 64, 128)} - set(
         cells
@@ -617,16 +633,21 @@ def test_the_words_about_trained_weights_and_learned_alphas_are_the_committed_re
     assert f"from {start[0]:.4f} to {start[0.1]:.4f} at α = 0.1 and {start[1]:.4f} at 1." in IN_RESULTS and len(curves) == 11
     ends = {alpha: {seed: curve[-1] for seed, curve in some.items()} for alpha, some in curves.items()}
     text = f"it is {sum(ends[0].values()) / 5:.4f} with α = 0, lower by "
-    text += "{:.4f} ({:.4f} to {:.4f}) at 0.2, {:.4f} ({:.4f} to {:.4f}) at 0.3 and {:.4f} ({:.4f} to {:.4f}) at 0.4, and higher by "
+    text += "{:.4f} ({:.4f} to {:.4f}) at 0.2, {:.4f} ({:.4f} to {:.4f}) at 0.3 and {:.4f} ({:.4f} to {:.4f}) at 0.4, "
+    text += "undecided at 0.1 and 0.5, and higher from 0.6 on, by "
     gains = [x for alpha in (0.2, 0.3, 0.4) for x in paired(ends[alpha], ends[0])]
-    assert text.format(*gains) + "{:.4f} ({:.4f} to {:.4f}) at 1.".format(*paired(ends[0], ends[1])) in IN_RESULTS and len(ends[0]) == 5
+    text += "{:.4f} ({:.4f} to {:.4f}) there and by {:.4f} ({:.4f} to {:.4f}) at 1."
+    assert text.format(*gains, *paired(ends[0], ends[0.6]), *paired(ends[0], ends[1])) in IN_RESULTS and len(ends[0]) == 5
+    assert all(low < 0 < high for _, low, high in (paired(ends[0], ends[alpha]) for alpha in (0.1, 0.5)))
+    p = [10 * stats.ttest_1samp([ends[alpha][s] - ends[0][s] for s in ends[0]], 0).pvalue for alpha in (0.3, 0.4, 0.2)]
+    assert "the p values of 0.3 and 0.4 are {:.3f} and {:.3f}, that of 0.2 is {:.2f},".format(*p) in IN_RESULTS
     probes = [json.loads((ROOT / "results" / "heads_learned" / f"seed-{seed}.json").read_text())["probe"] for seed in (1, 2, 3)]
     alphas = [[probe[f"layer {layer} head {head} alpha"] for probe in probes for head in range(6)] for layer in range(6)]
     means = [sum(some) / len(some) for some in alphas]
     text = "{:.2f} on average in the second of six layers and {:.2f} to {:.2f} in the later ones, none of them outside {} to {:.2f}."
     rest = [alpha for some in alphas[1:] for alpha in some]
     assert text.format(means[1], min(means[2:]), max(means[2:]), f"{min(rest):.2f}".replace("-", "−"), max(rest)) in IN_RESULTS
-    assert f"they scatter from {min(alphas[0]):.2f} to {max(alphas[0]):.2f} (".replace("-", "−") in IN_RESULTS
+    assert f"the heads' α scatter from {min(alphas[0]):.2f} to {max(alphas[0]):.2f} (".replace("-", "−") in IN_RESULTS
 
 
 def test_the_words_about_heads_and_alpha_are_the_committed_reports():

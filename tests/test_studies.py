@@ -62,6 +62,11 @@ def test_a_map_of_every_cell(tmp_path, capsys):
     assert "| 64      | 100     | 0.001  | 1.6000 | 1.4500 (-0.1500) | 2.4500 (+0.8500) | 1.8000, 1 of 2 diverged (+0.1000) |" in text
     assert "| 128     | 50      | 0.002  | 1.6000 | 1.4500 (-0.1500) | 2.4500 (+0.8500) | -" in text and "| 0.25 | 1.3500 |" in text
     assert json.loads((tmp_path / "map.json").read_text())["arm12"]["loss"] is None
+    before = (tmp_path / "map.png").read_bytes()
+    (tmp_path / "report.json").write_text(json.dumps(report_of(cells[:8])))
+    with pytest.raises(InputError, match="arm"):  # a map of more arms is there
+        lambda_map.main([str(tmp_path)])
+    assert (tmp_path / "map.png").read_bytes() == before
 
 
 def test_what_cannot_be_mapped(tmp_path):
@@ -78,7 +83,21 @@ def test_what_cannot_be_mapped(tmp_path):
     mixed = report_of([(1.0, 1.0, 1e-3, 32, 10, (1.5,)), (2.0, 1.0, 1e-3, 32, 10, (1.5,))])
     mixed["provenance"]["configs"]["arm1"]["weight_init"] = "unrolled"
     longer = report_of([(1.0, 1.0, 1e-3, 32, 10, (1.5,)), (1.0, 1.0, 1e-3, 64, 10, (1.5,)), (2.0, 1.0, 1e-3, 32, 20, (1.5,))])
-    for report, words in ((mixed, "differ in other keys"), (longer, "neither the same number of steps")):
+    diverged = report_of([(1.0, 1.0, 1e-3, 32, 10, (None, None)), (None, 1.0, 1e-3, 32, 10, (1.5,))])
+    twice = report_of([(1.0, 1.0, 1e-3, 32, 10, (1.5,)), (1.0, 1.0, 1e-3, 32, 10, (1.6,))])
+    lines = report_of([(1.0, 1.0, 1e-3, 32, 10, (1.5,)), (1.0, 0.5, 1e-3, 32, 10, (1.6,)), (1.0, 0.5, 2e-3, 32, 10, (1.6,))])
+    silent = report_of([(0.0, 1.0, 1e-3, 32, 10, (1.5,)), (None, 1.0, 1e-3, 32, 10, (1.6,))])
+    for report, words in (
+        (mixed, "differ in other keys"),
+        (longer, "neither the same number of steps"),
+        (diverged, "nothing to map"),
+        (silent, "nothing to map"),
+        (twice, "arms arm0 and arm1 have the same lambda"),
+        (lines, "several rates or batch sizes"),
+        (report_of([(1.0, 1.0, 1e-3, 32, 10, (math.nan,))]), "is not one of compare"),
+        (report_of([(1.0, 1.0, "fast", 32, 10, (1.5,))]), "is not one of compare"),
+        ({"arms": []}, "is not one of compare"),
+    ):
         (tmp_path / "report.json").write_text(json.dumps(report))
         with pytest.raises(InputError, match=words):
             lambda_map.main([str(tmp_path)])
@@ -87,7 +106,7 @@ def test_what_cannot_be_mapped(tmp_path):
 
 def alphas(curves: dict) -> dict:
     """curves: {alpha: [curve of each seed]}."""
-    arms = {f"arm{alpha}": {"diverged": [], "cells": [{"curve": curve} for curve in some]} for alpha, some in curves.items()}
+    arms = {f"arm{alpha}": {"diverged": [], "cells": [{"seed": i, "curve": c} for i, c in enumerate(some)]} for alpha, some in curves.items()}
     return {"arms": arms, "provenance": {"configs": {f"arm{alpha}": {"diffusion_alpha": alpha, "max_iters": 200} for alpha in curves}}}
 
 
