@@ -28,7 +28,7 @@ ROWS = [
         ("gpt2_100m_learning_rate=1.2e-3", "gpt2_100m_laplacian_learning_rate=1.2e-3"),
     ),
     (
-        "the same with A − I in **half of the heads**, six of twelve in every layer, at 2.4e-3, the best of three rates for A and the mixture",
+        "the same with A − I in **half of the heads**, six of twelve in every layer, at 2.4e-3, the best of three rates for both",
         "GPT-2 124M, half of the heads, 2.4e-3",
         GPT2,
         ("gpt2_100m_learning_rate=2.4e-3", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=2.4e-3"),
