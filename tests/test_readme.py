@@ -550,28 +550,22 @@ def test_the_words_about_heads_at_tuned_rates_are_the_committed_reports():
         config = report["provenance"]["configs"][name]
         tried = chosen[tuple(config["diffusion_heads"])]
         assert len(tried) == 4 and min(tried)[1] == config["learning_rate"] not in (2e-3, 1.6e-2)
-    said = {}
-    for name, pair in report["pairs"].items():
-        entry = pair["best"]
-        said[name] = "{} ({} to {})".format(*(words(value, "+") for value in (entry["mean"], *entry["interval"])))
-    line = f"against A, {said[early]} in the first half of the layers, {said[late]} in the last half, "
-    line += f"{said[half]} for half of the heads of every layer, {said[whole]} for all"
-    assert line in IN_RESULTS
     low, high = report["pairs"][late]["best"]["interval"]
     assert low < 0 < high and all(report["pairs"][name]["best"]["interval"][0] > 0 for name in (whole, early, half))
 
 
 def test_the_words_about_the_first_layer_are_the_committed_reports():
-    report, tuned, rates = map(report_of, ("heads_quick_first", "heads_quick_tuned", "heads_quick_first_rates"))
+    report, tuned = map(report_of, ("heads_quick_first", "heads_quick_tuned"))
     a = {cell["seed"]: cell["best_val_loss"] for cell in next(iter(tuned["arms"].values()))["cells"]}
     first, others = (paired(a, {cell["seed"]: cell["best_val_loss"] for cell in arm["cells"]}) for arm in report["arms"].values())
     assert list(report["arms"]) == [f"quick_laplacian_diffusion_heads={heads}_learning_rate=4e-3" for heads in ("4,0,0,0", "0,4,4,4")] and len(a) == 8
-    best = {}
-    for name, arm in rates["arms"].items():
-        best.setdefault(name.partition("_learning_rate=")[0], []).append((arm["best_val_loss"]["mean"], name.rpartition("=")[2]))
-    assert all(len(some) == 4 and min(some)[1] == "4e-3" for some in best.values()), "tuned, and no edge"
-    alone, without = ("{} ({} to {})".format(*(words(x, "+") for x in pair)) for pair in (first, others))
-    assert f"the first layer alone costs {alone}, all layers but the first {without}." in IN_RESULTS
+    for study, chosen in (("first", ["4e-3", "4e-3"]), ("mixed", ["8e-3", "4e-3"])):
+        best = {}
+        for name, arm in report_of(f"heads_quick_{study}_rates")["arms"].items():
+            best.setdefault(name.partition("_learning_rate=")[0], []).append((arm["best_val_loss"]["mean"], name.rpartition("=")[2]))
+        assert all(len(some) == 4 for some in best.values()) and [min(some)[1] for some in best.values()] == chosen, "tuned, and no edge"
+        assert [name.rpartition("=")[2] for name in report_of(f"heads_quick_{study}")["arms"]] == chosen
+    without = "{} ({} to {})".format(*(words(x, "+") for x in others))
     cells = [
         {cell["seed"]: cell["best_val_loss"] for cell in arm["cells"]}
         for arm in (list(tuned["arms"].values())[1], next(iter(report["arms"].values())))
@@ -582,6 +576,24 @@ def test_the_words_about_the_first_layer_are_the_committed_reports():
     )
     assert sentence in IN_RESULTS and others[1] < 0 < others[2]
     assert f"the first layer alone does the harm (by {first[0]:.3f}; all layers but the first: {without})" in IN_README
+
+
+def test_the_table_of_layers_is_the_committed_reports():
+    arms = {}
+    for name in ("heads_quick_tuned", "heads_quick_first", "heads_quick_mixed"):
+        report = report_of(name)
+        for arm, config in report["provenance"]["configs"].items():
+            heads = (config["diffusion_heads"] or [4]) if config["diffusion"] else [0]
+            heads = ", ".join(map(str, heads * 4 if len(heads) == 1 else heads))
+            arms[heads] = {cell["seed"]: cell["best_val_loss"] for cell in report["arms"][arm]["cells"]}
+    assert len(arms) == 9 and all(len(some) == 8 for some in arms.values())
+    a = arms.pop("0, 0, 0, 0")
+    for heads, losses in arms.items():
+        assert "| {} | {} ({} to {}) |\n".format(heads, *(words(x, "+") for x in paired(a, losses))) in RESULTS
+    by_first = {n: [paired(a, losses)[0] for heads, losses in arms.items() if heads[0] == n] for n in "024"}
+    sentence = "all of its heads with A − I cost {:.2f} to {:.2f}, half of them {:.2f}, none of them nothing"
+    assert sentence.format(min(by_first["4"]), max(by_first["4"]), sum(by_first["2"]) / 2) in IN_RESULTS
+    assert all(abs(mean) < 0.002 for mean in by_first["0"]) and max(by_first["2"]) - min(by_first["2"]) < 0.002
 
 
 def test_the_words_about_the_map_are_the_committed_report():
