@@ -92,8 +92,8 @@ def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
             raise InputError(f"arm {name!r}: a comparison trains every cell from its start; take out init_from='resume' and eval_only")
         if "margins" in comparison.evaluators and not arms[name].plain_attention:
             raise InputError(f"arm {name!r}: --evaluate=margins is for attention_kernel=softmax, head_combine=concat and no diffusion_learned")
-    if len(arms) < 2:
-        raise InputError(f"{len(arms)} arm(s) given: a comparison needs a baseline and at least one more config")
+    if not arms:
+        raise InputError("no arm given: a comparison needs a baseline and at least one more config")
     if not comparison.out_dir:
         name = "out-compare-" + "-".join(arms)
         if len(name) > 120:  # a cut name alone would be that of other arms too
@@ -307,6 +307,8 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         done = len(cells) - len(missing)
         say(f"data: {read_meta(arms[cells[0][0]].dataset)[1].get('source', 'unnamed')}")
         say(f"{len(arms)} arms x {len(seeds)} seeds = {len(cells)} runs, {done} of them finished before; {place[cells[0][0]].name()} -> {out_dir}")
+        if len(arms) == 1:
+            say("note: one arm: there will be its mean and spread over seeds, and nothing that it is compared with")
         for one, other in itertools.combinations(arms, 2):
             if all(getattr(arms[one], key) == getattr(arms[other], key) for key in field_names(TrainConfig) if key not in HARMLESS):
                 say(f"note: {one} and {other} are the same recipe by two names")
@@ -421,7 +423,7 @@ def provenance(arms: dict[str, TrainConfig], device: str, source: str, data: dic
 
 
 def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
-    """Runs what is missing and, in the first process, writes report.md, report.json, curves.png and paired.png."""
+    """Runs what is missing and, in the first process, writes report.md, report.json, curves.png and, of several arms, paired.png."""
     began = time.perf_counter()
     results = run_cells(comparison, arms)
     if int(os.environ.get("RANK", 0)) > 0:
@@ -438,15 +440,15 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     origin["seconds_of_this_call"] = round(time.perf_counter() - began, 1)
     text = tables(summaries, pairs)
     draw_curves(out_dir / "curves.png", results)
-    draw_paired(out_dir / "paired.png", comparison.endpoint, pairs)
-    figures = ["curves.png", "paired.png"]
-    if "perturb" in comparison.evaluators:
-        draw_frontier(out_dir / "frontier.png", pairs)
-        figures.append("frontier.png")
+    figures = {"curves.png": "validation loss"}
+    if pairs:
+        draw_paired(out_dir / "paired.png", comparison.endpoint, pairs)
+        figures["paired.png"] = "paired differences"
+    if "perturb" in comparison.evaluators and draw_frontier(out_dir / "frontier.png", pairs):
+        figures["frontier.png"] = "robustness against clean loss"
     report = {"endpoint": comparison.endpoint, "arms": summaries, "pairs": pairs, "provenance": origin}
     write_file(out_dir / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    lines = [f"# {title(list(arms))}", "", text, "", "![validation loss](curves.png)", "![paired differences](paired.png)", ""]
-    lines += ["![robustness against clean loss](frontier.png)", ""] if "frontier.png" in figures else []
+    lines = [f"# {title(list(arms))}", "", text, "", *(f"![{words}]({name})" for name, words in figures.items()), ""]
     lines += [f"Data: {origin['data']}. Losses on other data are not comparable.", ""]
     processes = origin["processes_of_this_call"]
     how = f" in {processes} processes of torchrun" if processes > 1 else ""

@@ -172,10 +172,10 @@ def tables(arms: dict, pairs: dict) -> str:
             mean = f"{entry['mean']:+.4f}" if entry["mean"] is not None else "-"
             rows.append([f"{name} − {pair['baseline']}", what, entry["n"], mean, interval, p])
     headers = ["difference", "in", "pairs", "mean", "95 % t interval", "sign-flip p"]
-    text += "\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    text += "\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
     text += robustness_tables(arms, pairs)
     text += "\n\nMean ± standard deviation over seeds; losses in nats per prediction, accuracies as shares.\n\n"
-    text += "\n".join(f"**{pair['verdict']}**" for pair in pairs.values())
+    text += "\n".join(f"**{pair['verdict']}**" for pair in pairs.values()) or "One arm: there is nothing that it is compared with."
     if len(pairs) > 1:
         text += f"\n\nThe {len(pairs)} intervals are each at 95 %: they are not corrected for their number."
     return text
@@ -283,12 +283,15 @@ def draw_paired(path: Path, endpoint: str, pairs: dict):
     save_figure(path, figure)
 
 
-def draw_frontier(path: Path, pairs: dict):
-    """frontier.png: robustness gain against the change of the clean loss, one point per arm with both intervals, from the report's pairs."""
+def draw_frontier(path: Path, pairs: dict) -> bool:
+    """frontier.png: robustness gain against the change of the clean loss, one point per arm with both intervals, from the report's pairs.
+
+    Returns whether there was anything to draw.
+    """
     pairs = {arm: pair for arm, pair in pairs.items() if pair["gains"]}  # an arm that diverged on every seed has none
     names = [name for name in FRONTIER if all(name in pair["gains"] for pair in pairs.values())] if pairs else []
     if not names:
-        return
+        return False
     colours = plt.get_cmap("tab10" if len(pairs) <= 10 else "tab20").colors
     height = 4.5 + 0.1 * min(len(pairs), 40)  # the legend, two arms a line
     figure, places = plt.subplots(1, len(names), figsize=(5.5 * len(names), height), layout="constrained", squeeze=False)
@@ -312,3 +315,4 @@ def draw_frontier(path: Path, pairs: dict):
     if len(pairs) <= 40:
         figure.legend(*places[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     save_figure(path, figure)
+    return True

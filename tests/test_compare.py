@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -102,8 +103,7 @@ def test_names_are_names_of_directories(arms):
 
 BASE_ARM, OTHER = "BASE", "OTHER"  # stand for the two files
 REFUSED = [
-    ([BASE_ARM], r"1 arm\(s\) given"),
-    ([], r"0 arm\(s\) given"),
+    ([], "no arm given"),
     ([BASE_ARM, BASE_ARM], "arm 'base' is given twice"),
     ([BASE_ARM, OTHER, OTHER + " --dropout=0.1", OTHER + " --dropout=0.1"], "arm 'laplacian_dropout=0.1' is given twice"),
     ([BASE_ARM, "laplacian"], "'laplacian' does not begin with a config file"),
@@ -419,6 +419,18 @@ def test_more_seeds_and_a_third_arm_extend_a_comparison(undisturbed, arms, tmp_p
     assert all(losses(report)[cell] == curve for cell, curve in losses(undisturbed[1]).items())
     assert list(report["pairs"]) == ["laplacian", "laplacian_diffusion_heads=1"]
     assert "The 2 intervals are each at 95 %" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_one_arm_has_its_mean_and_spread_and_no_verdict(undisturbed, arms, tmp_path, capsys):
+    shutil.copytree(undisturbed[0] / "cells" / "base", tmp_path / "cells" / "base")
+    report = run(tmp_path, arms[0])
+    printed, (text, both) = capsys.readouterr().out, ((path / "report.md").read_text() for path in (tmp_path, undisturbed[0]))
+    assert "note: one arm" in printed and f"{SEEDS} runs, {SEEDS} of them finished before" in printed
+    assert report["pairs"] == {} and report["arms"]["base"] == undisturbed[1]["arms"]["base"]
+    row = re.search(r"^\| base .*", text, re.M).group().split("|")[2:5]
+    assert [cell.strip() for cell in row] == [cell.strip() for cell in re.search(r"^\| base .*", both, re.M).group().split("|")[2:5]]
+    assert text.startswith("# base\n") and "nothing that it is compared with" in text and "difference" not in text
+    assert (tmp_path / "curves.png").is_file() and not (tmp_path / "paired.png").exists() and "paired.png" not in text
 
 
 def test_first_seed_moves_all_seeds(undisturbed, arms, tmp_path):

@@ -199,9 +199,8 @@ def test_an_arm_that_diverges_on_every_seed_leaves_a_report_of_the_evaluation(tm
     pairs = {"lost": report.robustness([]), "whole": report.robustness(list(zip(whole, whole)))}
     text = report.robustness_tables({}, pairs)
     assert "| gain: noise 1 RMS" in text and "| - " in text
-    report.draw_frontier(tmp_path / "frontier.png", pairs)
-    assert (tmp_path / "frontier.png").is_file()
-    report.draw_frontier(tmp_path / "none.png", {"lost": report.robustness([])})
+    assert report.draw_frontier(tmp_path / "frontier.png", pairs) and (tmp_path / "frontier.png").is_file()
+    assert not report.draw_frontier(tmp_path / "none.png", {"lost": report.robustness([])})
     assert not (tmp_path / "none.png").exists() and report.robustness_tables({}, {"lost": report.robustness([])})
 
 
