@@ -93,7 +93,7 @@ def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
         if "margins" in comparison.evaluators and not arms[name].plain_attention:
             raise InputError(f"arm {name!r}: --evaluate=margins is for attention_kernel=softmax, head_combine=concat and no diffusion_learned")
     if not arms:
-        raise InputError("no arm given: a comparison needs a baseline and at least one more config")
+        raise InputError("no arm given: name a config, or several, the first of which is the baseline")
     if not comparison.out_dir:
         name = "out-compare-" + "-".join(arms)
         if len(name) > 120:  # a cut name alone would be that of other arms too
@@ -245,6 +245,9 @@ def check_out_dir(out_dir: Path, arms: dict[str, TrainConfig], seeds: range):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"--out_dir={out_dir} holds a report.json of something else: name another directory for the comparison") from None
     if all((out_dir / "cells" / name / f"seed-{seed}" / "result.json").is_file() for name, seed in cells):
+        gone = sorted(report["arms"].keys() - arms.keys())
+        if gone and int(os.environ.get("RANK", 0)) == 0:
+            say(f"note: the report in {out_dir} will be one without {', '.join(gone)}; what was trained stays in cells/ for a report of all")
         return
     ours = {name: json.loads(json.dumps(dataclasses.asdict(config))) for name, config in arms.items()}
     if recipes.keys() != arms.keys():
@@ -439,8 +442,9 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     origin = provenance(arms, find_place(first.device, "auto", distributed=False).name(), source, data_checksum(first.dataset))
     origin["seconds_of_this_call"] = round(time.perf_counter() - began, 1)
     text = tables(summaries, pairs)
-    draw_curves(out_dir / "curves.png", results)
-    figures = {"curves.png": "validation loss"}
+    figures = {}
+    if draw_curves(out_dir / "curves.png", results):
+        figures["curves.png"] = "validation loss"
     if pairs:
         draw_paired(out_dir / "paired.png", comparison.endpoint, pairs)
         figures["paired.png"] = "paired differences"
@@ -457,7 +461,7 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     revision = f"revision {origin['git_revision'] or 'unknown'}{' with local changes' if origin['git_modified'] else ''}"
     lines += [f"{revision}, code sha256 {origin['code_sha256'][:12]}; configurations and every cell: report.json.", ""]
     write_file(out_dir / "report.md", "\n".join(lines).encode())
-    print(f"\n{text}\n\n{out_dir / 'report.md'}, report.json, {', '.join(figures)}")
+    print(f"\n{text}\n\n{', '.join([str(out_dir / 'report.md'), 'report.json', *figures])}")
 
 
 if __name__ == "__main__":

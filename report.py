@@ -176,16 +176,30 @@ def tables(arms: dict, pairs: dict) -> str:
     text += robustness_tables(arms, pairs)
     text += "\n\nMean ± standard deviation over seeds; losses in nats per prediction, accuracies as shares.\n\n"
     text += "\n".join(f"**{pair['verdict']}**" for pair in pairs.values()) or "One arm: there is nothing that it is compared with."
+    if not pairs and (lost := [f"seed {run['seed']} at step {run['step']}" for arm in arms.values() for run in arm["diverged"]]):
+        text += f" Runs that diverged: {', '.join(lost)}."
     if len(pairs) > 1:
         text += f"\n\nThe {len(pairs)} intervals are each at 95 %: they are not corrected for their number."
     return text
 
 
 def robustness_tables(arms: dict, pairs: dict) -> str:
-    """Clean change, gains and margins as Markdown; nothing for a comparison without --evaluate."""
+    """Clean change, gains and margins as Markdown, of one arm what the perturbations cost it; nothing for a comparison without --evaluate."""
     pairs = {name: pair for name, pair in pairs.items() if "gains" in pair}
-    if not pairs:
-        return ""
+    evaluations = {name: [cell["evaluation"] for cell in arm["cells"] if "evaluation" in cell] for name, arm in arms.items()}
+    text = gains_table(pairs) if pairs else costs_table(evaluations) if len(arms) == 1 else ""
+    rows = []
+    for name, some in evaluations.items():
+        found = [evaluation["margins"]["margins, sum over layers and heads"] for evaluation in some if "margins" in evaluation]
+        if found:
+            rows.append([name, *(f"{np.mean([one['quantiles'][q] for one in found]):+.3f}" for q in ("0", "0.05", "0.5", "0.95"))])
+    if rows:
+        text += "\n\n" + tabulate(rows, ["margins, sum over heads", "min", "5 %", "50 %", "95 %"], tablefmt="github", disable_numparse=True)
+    return text
+
+
+def gains_table(pairs: dict) -> str:
+    """Change of the clean loss and robustness gains of each arm against the baseline."""
 
     def cell(entry, unit, digits):
         if entry["mean"] is None:
@@ -202,15 +216,20 @@ def robustness_tables(arms: dict, pairs: dict) -> str:
     text += (
         "\n\nRobustness gain = 1 − delta(arm) / delta(baseline), delta = perturbed − clean loss of the best weights; above 0 the arm is more robust."
     )
-    text += " Computed for each seed; in brackets the 95 % t interval of these gains."
-    rows = []
-    for name, arm in arms.items():
-        found = [c["evaluation"]["margins"]["margins, sum over layers and heads"] for c in arm["cells"] if "margins" in c.get("evaluation", {})]
-        if found:
-            rows.append([name, *(f"{np.mean([some['quantiles'][q] for some in found]):+.3f}" for q in ("0", "0.05", "0.5", "0.95"))])
-    if rows:
-        text += "\n\n" + tabulate(rows, ["margins, sum over heads", "min", "5 %", "50 %", "95 %"], tablefmt="github", disable_numparse=True)
-    return text
+    return text + " Computed for each seed; in brackets the 95 % t interval of these gains."
+
+
+def costs_table(evaluations: dict[str, list[dict]]) -> str:
+    """Clean loss and what each perturbation adds to it, mean and standard deviation over the seeds of the one arm."""
+    (name, some), *_ = evaluations.items()
+    if not some:
+        return ""
+    found = {"clean loss": summary([one["clean"]["loss"] for one in some])}
+    for what, value in some[0].get("perturb", {}).items():
+        if isinstance(value, dict):
+            found[f"delta: {what}"] = summary([one["perturb"][what]["delta"] for one in some])
+    rows = [[what, f"{of['mean']:.4f}" + (f" ± {of['sd']:.4f}" if of["sd"] is not None else "")] for what, of in found.items()]
+    return "\n\n" + tabulate(rows, ["best weights", name], tablefmt="github", disable_numparse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -222,13 +241,15 @@ def label(name: str) -> str:
     return re.sub(rf"_(?=(?:{'|'.join(field_names(TrainConfig))})=)", "\n", name)
 
 
-def draw_curves(path: Path, results: dict[str, list[dict]]):
-    """curves.png: validation loss over steps, mean over seeds and a band of one standard deviation."""
-    longest = max(map(len, results), default=0)
+def draw_curves(path: Path, results: dict[str, list[dict]]) -> bool:
+    """curves.png: validation loss over steps, mean over seeds and a band of one standard deviation. Returns whether there was a run to draw."""
+    if all("diverged_at" in cell for cells in results.values() for cell in cells):
+        return False
+    longest = max(map(len, results))
     columns = 2 if longest < 30 else 1
     size = max(7, 1.7 + 0.085 * longest), 4.2 + 0.22 * math.ceil(len(results) / columns)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
-    early = []
+    shown = []
     for i, (name, cells) in enumerate(results.items()):
         curves = [cell["curve"] for cell in cells if "diverged_at" not in cell]
         if not curves:
@@ -240,15 +261,15 @@ def draw_curves(path: Path, results: dict[str, list[dict]]):
         if len(curves) > 1:
             sd = losses.std(axis=0, ddof=1)
             axes.fill_between(steps, mean - sd, mean + sd, color=line.get_color(), alpha=0.25, linewidth=0)
-        early += [losses.min(), *mean[steps >= 0.15 * steps[-1]]]
-    if early:  # the fall from log(vocabulary) would flatten everything that matters
-        margin = 0.08 * (max(early) - min(early)) + 1e-3
-        axes.set_ylim(min(early) - margin, max(early) + margin)
+        late = mean[steps >= 0.15 * steps[-1]]  # the fall from log(vocabulary) would flatten everything that matters
+        shown += [losses.min(), *(late if len(late) > 2 else mean)]
+    margin = 0.08 * (max(shown) - min(shown)) + 1e-3
+    axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set(xlabel="step", ylabel="validation loss (nats per prediction)", title="mean ± 1 sd over seeds")
     axes.grid(alpha=0.3)
-    if early:
-        figure.legend(loc="outside lower center", ncols=columns)
+    figure.legend(loc="outside lower center", ncols=columns)
     save_figure(path, figure)
+    return True
 
 
 def draw_paired(path: Path, endpoint: str, pairs: dict):

@@ -2,8 +2,9 @@
 
 Reads the report.json of each and writes across.json, across.md and across.png into the first directory: the endpoint of every arm, the paired
 difference of every two over the seeds that both have, and their curves; arms without diffusion come first. Refuses reports that do not belong
-together: other data, endpoint, torch or kind of device, an arm that is in two of them on the same seed, a key of the recipe that differs though no
-arm has it in its name and no report tells its arms apart by it. Code may differ, and then the table says so.
+together: other data, endpoint, torch or kind of device, an arm that is in two of them on the same seed, a key of the recipe that differs though it
+is none of attention's or of the barrier, no arm has it in its name and no report tells its arms apart by it. Code may differ, and then the table
+says so.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ from reports import read_reports, run, write_table
 
 from configurator import InputError, TrainConfig
 
+ARM = ("attention_kernel", "head_combine", "weight_init")  # with those of diffusion and of the barrier, what an arm is there for
+
 
 def together(reports: list[dict]) -> dict:
     """One report: the `endpoint` and the `arms` of all, with their cells alone, and each one's `commands` and `code`. Raises InputError."""
@@ -24,11 +27,13 @@ def together(reports: list[dict]) -> dict:
         if any(value != values[0] for value in values):
             raise InputError(f"the reports differ in {what}: {' and '.join(dict.fromkeys(map(str, values)))}")
 
-    cells, recipes, tell, young = {}, {}, set(), json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
+    cells, recipes, young = {}, {}, json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
+    tell = {key for key in young if key.startswith(("diffusion", "prior_")) or key in ARM}
     try:
         sources = [report["provenance"] for report in reports]
         alike("endpoint", [report["endpoint"] for report in reports])
-        alike("data", [source["data_sha256"] for source in sources])
+        alike("data", [f"{source.get('data')} (val sha256 {source['data_sha256'].get('val_sha256')})" for source in sources])
+        alike("the sha256 of their data", [source["data_sha256"] for source in sources])
         alike("torch", [source["versions"]["torch"] for source in sources])
         alike("device", [source["device"] for source in sources])
         for report, source in zip(reports, sources):
@@ -36,8 +41,8 @@ def together(reports: list[dict]) -> dict:
             own = {name: {key: value for key, value in recipe.items() if key not in HARMLESS} for name, recipe in own.items()}
             tell |= {key for one, other in itertools.combinations(own.values(), 2) for key in one if other[key] != one[key]}
             for name, arm in report["arms"].items():
-                if recipes.setdefault(name, own[name]) != own[name]:
-                    raise InputError(f"arm {name} is in two of the reports with different recipes")
+                if other := [key for key, value in recipes.setdefault(name, own[name]).items() if own[name][key] != value]:
+                    raise InputError(f"arm {name} is in two of the reports with different recipes: {', '.join(other)}")
                 if {cell["seed"] for cell in arm["cells"]} & {cell["seed"] for cell in cells.setdefault(name, [])}:
                     raise InputError(f"arm {name} is in two of the reports on the same seed")
                 cells[name] += arm["cells"]
@@ -89,16 +94,22 @@ def tables(whole: dict, arms: dict, pairs: dict, folders: list) -> str:
     for name, values in arms.items():
         of = summary(list(values.values()))
         spread = "" if of["sd"] is None else f" ± {of['sd']:.4f}"
-        rows.append([name, of["n"], "-" if of["mean"] is None else f"{of['mean']:.4f}{spread}"])
+        lost = sum("diverged_at" in cell for cell in whole["arms"][name]["cells"])
+        n = f"{of['n']}" + (f" (+ {lost} diverged)" if lost else "")
+        rows.append([name, n, "-" if of["mean"] is None else f"{of['mean']:.4f}{spread}"])
     text = tabulate(rows, ["arm", "n", ENDPOINTS[whole["endpoint"]][0]], tablefmt="github", disable_numparse=True) + "\n\n"
     rows = []
     for name, pair in pairs.items():
         interval = "{:+.4f} to {:+.4f}".format(*pair["interval"]) if pair["interval"] else "-"
         rows.append([name, pair["n"], "-" if pair["mean"] is None else f"{pair['mean']:+.4f}", interval])
-    text += tabulate(rows, ["difference", "pairs", "mean", "95 % t interval"], tablefmt="github", disable_numparse=True) + "\n\n"
+    text += tabulate(rows, ["difference", "pairs", "mean", "95 % t interval"], tablefmt="github", disable_numparse=True) + "\n\n" if rows else ""
+    if any(pair["n"] == 0 for pair in pairs.values()):
+        text += "Arms without a seed that both have finished have no difference. "
     if any(0 < pair["n"] <= 3 for pair in pairs.values()):
         text += "So few pairs are a hint, not an answer. "
-    text += f"The {len(pairs)} intervals are not corrected for their number.\n"
+    intervals = sum(pair["interval"] is not None for pair in pairs.values())
+    text += f"The {intervals} intervals are not corrected for their number." if intervals > 1 else ""
+    text = text.rstrip() + "\n\n![validation loss](across.png)\n"
     text += "" if len(set(whole["code"])) == 1 else "The reports are of different versions of the code.\n"
     sources = zip(folders, whole["code"], whole["commands"])
     return text + "".join(f"\n- {folder.name}: code {code}, {command}" for folder, code, command in sources) + "\n"

@@ -73,6 +73,8 @@ def main(arguments: list[str]):
     if others:
         report = together([report, *(other for _, other in others)])
     found = ratios(report)
+    if not found:
+        raise InputError("one arm alone has nothing to reach: name the directory of another comparison as well")
     write_table(folder, "steps", found, table(found, next(iter(report["arms"]), "")))
 
 

@@ -433,6 +433,13 @@ def test_one_arm_has_its_mean_and_spread_and_no_verdict(undisturbed, arms, tmp_p
     assert (tmp_path / "curves.png").is_file() and not (tmp_path / "paired.png").exists() and "paired.png" not in text
 
 
+def test_a_report_of_fewer_arms_says_what_it_leaves_out(undisturbed, arms, tmp_path, capsys):
+    shutil.copytree(undisturbed[0], tmp_path / "out")
+    assert list(run(tmp_path / "out", arms[0])["arms"]) == ["base"]
+    assert f"note: the report in {tmp_path / 'out'} will be one without laplacian; what was trained stays" in capsys.readouterr().out
+    assert losses(run(tmp_path / "out", *arms)) == losses(undisturbed[1])
+
+
 def test_first_seed_moves_all_seeds(undisturbed, arms, tmp_path):
     report = run(tmp_path, *arms, "--first_seed=3", "--endpoint=last", seeds=1)
     assert losses(report) == {(name, 3): losses(undisturbed[1])[name, 3] for name in ("base", "laplacian")}

@@ -204,6 +204,31 @@ def test_an_arm_that_diverges_on_every_seed_leaves_a_report_of_the_evaluation(tm
     assert not (tmp_path / "none.png").exists() and report.robustness_tables({}, {"lost": report.robustness([])})
 
 
+def test_one_arm_says_what_perturbations_cost_it_and_what_diverged():
+    runs = [cell(1, 2.0), cell(2, 2.5), cell(3, None)]
+    for run, loss in zip(runs, (2.0, 2.5)):
+        run["evaluation"] = {"clean": {"loss": loss}, "perturb": {"noise": {"delta": loss / 4}, "vocabulary": True}}
+    arms, pairs = analyse("best", {"a": runs}, perturbed=True)
+    text = tables(arms, pairs)
+    rows = {row[0]: row[1] for row in ([part.strip() for part in line.strip("| ").split("|")] for line in text.splitlines() if "|" in line)}
+    assert (rows["clean loss"], rows["delta: noise"]) == ("2.2500 ± 0.3536", "0.5625 ± 0.0884") and "vocabulary" not in text
+    assert text.endswith("nothing that it is compared with. Runs that diverged: seed 3 at step 43.") and "difference" not in text
+
+
+def test_curves_of_runs_that_all_diverged_are_not_drawn(tmp_path):
+    assert not report.draw_curves(tmp_path / "curves.png", {"a": [cell(1, None)], "b": [cell(1, None)]})
+    assert not (tmp_path / "curves.png").exists()
+    assert report.draw_curves(tmp_path / "curves.png", {"a": [cell(1, None)], "b": [cell(1, 2.0)]}) and (tmp_path / "curves.png").is_file()
+
+
+@pytest.mark.parametrize("steps, top", [((0, 12), 9.0), ((0, 4, 8, 12), 4.0)])
+def test_curves_show_the_start_where_little_else_is_there(tmp_path, monkeypatch, steps, top):
+    seen = []
+    monkeypatch.setattr(report, "save_figure", lambda path, figure: seen.append(figure.axes[0].get_ylim()))
+    report.draw_curves(tmp_path / "curves.png", {"a": [cell(1, 2.0) | {"curve": [[s, 9.0 if s == 0 else 4.0 - s / 12] for s in steps]}]})
+    assert top - 0.5 < seen[0][1] < top + 1
+
+
 def test_a_perturbation_that_hardly_hurts_the_baseline_has_no_gain():
     def cells(deltas):
         return [{"evaluation": {"clean": {"loss": 2.0 + i / 10}, "perturb": {"noise": {"delta": d}}}} for i, d in enumerate(deltas)]

@@ -460,6 +460,8 @@ def test_arms_of_several_comparisons(tmp_path, capsys):
         and re.search(r"\| half − A +\| 2 +\| -0\.3750 \|", text)
     )
     more = comparison_of({"all": faster, "half": {"config": {"diffusion": True, "learning_rate": 1.0}, 4: 7.0}})
+    assert re.search(r"\| half +\| 2 \(\+ 1 diverged\) \|", text) and "](across.png)" in text
+    assert "Arms without a seed that both have finished have no difference." in text
     assert "one: code c, python compare.py" in text and "two: code other, python compare.py" in text and "So few pairs are a hint" in text
     assert (tmp_path / "one" / "across.png").read_bytes().startswith(b"\x89PNG")
     whole = across.together([first, more])
@@ -486,6 +488,8 @@ def test_comparisons_that_do_not_belong_together():
                 across.together(both)
     named = [comparison_of({f"A_learning_rate={rate}": {"config": {"learning_rate": rate}, 1: 1.0}}) for rate in (1.0, 2.0)]
     assert len(across.together(named)["arms"]) == 2, "an arm that has the key in its name"
+    alone = [comparison_of({name: {"config": {"diffusion": name == "B", "attention_kernel": "softmax"}, 1: 1.0}}) for name in "AB"]
+    assert list(across.together(alone)["arms"]) == ["A", "B"], "one arm each, told apart by a key of attention"
     for curve in (None, [], [[0, "x"]], [[0]]):
         damaged = comparison_of({"B": {"config": {}, 1: 1.0}})
         damaged["arms"]["B"]["cells"][0]["curve"] = curve
@@ -504,6 +508,13 @@ def test_steps_of_several_comparisons_are_the_committed_table():
     committed = json.loads((front_page.RESULTS / front_page.GPT2[0] / "steps.json").read_text())
     assert json.loads(json.dumps(steps_to_reach.ratios(across.together(reports)))) == committed
     assert json.loads((front_page.RESULTS / front_page.GPT2[0] / "across.json").read_text())["reports"] == list(front_page.GPT2)
+
+
+def test_one_arm_has_nothing_to_reach(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(comparison_of({"A": {"config": {}, 1: 2.0}})))
+    with pytest.raises(InputError, match="one arm alone has nothing to reach"):
+        steps_to_reach.main([str(tmp_path)])
+    assert not (tmp_path / "steps.json").exists()
 
 
 def test_a_table_of_more_arms_is_not_written_over(tmp_path):
