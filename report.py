@@ -32,6 +32,13 @@ def summary(values: list[float]) -> dict:
     return {"n": len(values), "mean": float(np.mean(values)) if values else None, "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
+def spread(entry: dict, digits: int = 4) -> str:
+    """A summary in words: mean ± standard deviation, as far as there are such."""
+    if entry["mean"] is None:
+        return "-"
+    return f"{entry['mean']:.{digits}f}" + (f" ± {entry['sd']:.{digits}f}" if entry["sd"] is not None else "")
+
+
 def paired_difference(baseline: list[float], arm: list[float]) -> dict:
     """arm - baseline over paired seeds: mean, sd, 95 % t interval and the two-sided sign-flip p value, by scipy.stats.
 
@@ -146,12 +153,6 @@ def title(arms: list[str]) -> str:
 
 def tables(arms: dict, pairs: dict) -> str:
     """The two tables and the verdicts as Markdown."""
-
-    def spread(entry, digits=4):
-        if entry["mean"] is None:
-            return "-"
-        return f"{entry['mean']:.{digits}f}" + (f" ± {entry['sd']:.{digits}f}" if entry["sd"] is not None else "")
-
     rows = []
     for name, arm in arms.items():
         cells = [name, f"{arm['n']}" + (f" (+ {len(arm['diverged'])} diverged)" if arm["diverged"] else "")]
@@ -228,7 +229,7 @@ def costs_table(evaluations: dict[str, list[dict]]) -> str:
     for what, value in some[0].get("perturb", {}).items():
         if isinstance(value, dict):
             found[f"delta: {what}"] = summary([one["perturb"][what]["delta"] for one in some])
-    rows = [[what, f"{of['mean']:.4f}" + (f" ± {of['sd']:.4f}" if of["sd"] is not None else "")] for what, of in found.items()]
+    rows = [[what, spread(of)] for what, of in found.items()]
     return "\n\n" + tabulate(rows, ["best weights", name], tablefmt="github", disable_numparse=True)
 
 

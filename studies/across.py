@@ -88,15 +88,14 @@ def tables(whole: dict, arms: dict, pairs: dict, folders: list) -> str:
     """Both as Markdown, and where each report comes from."""
     from tabulate import tabulate
 
-    from report import ENDPOINTS, summary
+    from report import ENDPOINTS, spread, summary
 
     rows = []
     for name, values in arms.items():
         of = summary(list(values.values()))
-        spread = "" if of["sd"] is None else f" ± {of['sd']:.4f}"
         lost = sum("diverged_at" in cell for cell in whole["arms"][name]["cells"])
         n = f"{of['n']}" + (f" (+ {lost} diverged)" if lost else "")
-        rows.append([name, n, "-" if of["mean"] is None else f"{of['mean']:.4f}{spread}"])
+        rows.append([name, n, spread(of)])
     text = tabulate(rows, ["arm", "n", ENDPOINTS[whole["endpoint"]][0]], tablefmt="github", disable_numparse=True) + "\n\n"
     rows = []
     for name, pair in pairs.items():

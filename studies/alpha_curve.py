@@ -43,14 +43,14 @@ def table(losses: dict, steps: int) -> str:
     """The table as Markdown."""
     from tabulate import tabulate
 
-    from report import paired_difference, summary
+    from report import paired_difference, spread, summary
 
     rows = []
     for alpha, ends in losses.items():
         cells = [f"{alpha:g}"]
         for end, values in ends.items():
-            whole, pair = summary(values), paired_difference(losses[0][end], values)
-            cells.append(f"{whole['mean']:.4f}" + (f" ± {whole['sd']:.4f}" if whole["sd"] is not None else ""))
+            pair = paired_difference(losses[0][end], values)
+            cells.append(spread(summary(values)))
             cells.append("{:+.4f} ({:+.4f} to {:+.4f})".format(pair["mean"], *pair["interval"]) if pair["interval"] else "-")
         rows.append(cells)
     headers = ["alpha", "loss of the weights as they are", "against alpha = 0", f"after {steps} steps of fine-tuning", "against alpha = 0"]

@@ -63,10 +63,9 @@ def table(found: dict) -> str:
     """The numbers as Markdown."""
     from tabulate import tabulate
 
-    def words(entry):
-        return "-" if entry["mean"] is None else f"{entry['mean']:.3f}" + (f" ± {entry['sd']:.3f}" if entry["sd"] is not None else "")
+    from report import spread
 
-    rows = [[name, end["step"], *(words(end[what]) for what in QUANTITIES)] for name, ends in found.items() for end in ends.values()]
+    rows = [[name, end["step"], *(spread(end[what], 3) for what in QUANTITIES)] for name, ends in found.items() for end in ends.values()]
     return tabulate(rows, ["arm", "step", *QUANTITIES], tablefmt="github", disable_numparse=True)
 
 
