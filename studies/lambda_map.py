@@ -88,14 +88,10 @@ def line_of(cells: dict) -> list[dict]:
     return [found[alpha] | {"alpha": alpha} for alpha in sorted(found)]
 
 
-def spelled(value: float | None) -> str:
-    return "A" if value is None else f"{value:g}"
-
-
-def words(cell: dict, value: float | None, form: str) -> str:
+def words(cell: dict, value: float | None, form: str, between: str) -> str:
     """A cell's number, and how many of its runs diverged."""
     some = [] if value is None or math.isnan(value) else [format(value, form)]
-    return "\n".join(some + ([f"{cell['diverged']} of {cell['runs']} diverged"] if cell["diverged"] else []))
+    return between.join(some + ([f"{cell['diverged']} of {cell['runs']} diverged"] if cell["diverged"] else []))
 
 
 def table(cells: dict) -> str:
@@ -105,7 +101,7 @@ def table(cells: dict) -> str:
     def one(name: str | None) -> str:
         if name is None:
             return "-"
-        text = words(cells[name], cells[name]["loss"], ".4f").replace("\n", ", ")
+        text = words(cells[name], cells[name]["loss"], ".4f", ", ")
         return text + (f" ({difference[name]:+.4f})" if name in difference else "")
 
     difference, maps = against_plain(cells), grid(cells)
@@ -118,7 +114,7 @@ def table(cells: dict) -> str:
     headers = ["batch", "steps", "rate", *("A" if column is None else f"λ = {column:g}" for column in columns)]
     text = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
     if line := line_of(cells):
-        rows = [[f"{cell['alpha']:g}", words(cell, cell["loss"], ".4f").replace("\n", ", ")] for cell in line]
+        rows = [[f"{cell['alpha']:g}", words(cell, cell["loss"], ".4f", ", ")] for cell in line]
         text += f"\n\nA − α I, rate {line[0]['rate']:g}, batch {line[0]['batch']}:\n\n"
         text += tabulate(rows, ["α", "loss"], tablefmt="github", disable_numparse=True)
     return text + "\n\nMean best validation loss, in brackets the mean paired difference from A of the same rate and batch size."
@@ -133,12 +129,12 @@ def draw(path: Path, cells: dict):
     maps, line, difference = grid(cells), line_of(cells), against_plain(cells)
     kinds = [({name: cell["loss"] for name, cell in cells.items()}, ".3f", "best validation loss")]
     plain = [cell for cell in cells.values() if cell["lambda"] is None]
-    if len(plain) > 1 and difference:  # more than the line by alpha needs
+    scale = {name for name, cell in cells.items() if cell["lambda"] != 0}  # without attention a loss is so high that it would hide the rest
+    if len(plain) > 1 and scale & difference.keys():  # more of A than the line by alpha needs
         kinds.append((difference, "+.3f", "difference from A"))
     columns, rates = len(maps) + bool(line), sorted({rate for arms in maps.values() for _, rate in arms})
     size = (1.6 + 3.2 * columns, 0.6 + 3.5 * len(kinds))
     figure, places = plt.subplots(len(kinds), columns, figsize=size, layout="constrained", squeeze=False)
-    scale = {name for name in cells if cells[name]["lambda"] != 0} or set(cells)  # without attention a loss is so high that it would hide the rest
     for (values, form, label), row_of_places in zip(kinds, places):
         names = sorted({row for arms in maps.values() for row, _ in arms if row is not None})
         if values is not difference and len(kinds) > 1:  # A is a row of the map
@@ -155,12 +151,12 @@ def draw(path: Path, cells: dict):
                 if row in names:
                     at = names.index(row), rates.index(rate)
                     found[at] = values.get(name, math.nan)
-                    text = words(cells[name], values.get(name), form)
+                    text = words(cells[name], values.get(name), form, "\n")
                     color = "red" if cells[name]["diverged"] else "black"
                     place.text(at[1], at[0], text, ha="center", va="center", fontsize=7, color=color)
             shown = place.imshow(found, aspect="auto", origin="lower", alpha=0.75, **look)
             place.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-            place.set_yticks(range(len(names)), [spelled(name) for name in names])
+            place.set_yticks(range(len(names)), ["A" if name is None else f"{name:g}" for name in names])
             steps = {cells[name]["steps"] for name in arms.values()}
             place.set(title=f"batch {batch}, {max(steps)} steps", xlabel="learning rate", ylabel="λ" if place is row_of_places[0] else "")
         figure.colorbar(shown, ax=row_of_places[: len(maps)], label=f"{label}, λ (A − I)", extend="max" if values is not difference else "both")

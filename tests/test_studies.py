@@ -69,6 +69,13 @@ def test_a_map_of_every_cell(tmp_path, capsys):
     assert (tmp_path / "map.png").read_bytes() == before
 
 
+def test_a_map_whose_only_differences_are_without_attention(tmp_path):
+    cells = [(None, 1.0, 1e-3, 32, 10, (1.5,)), (None, 1.0, 2e-3, 32, 10, (1.5,)), (0.0, 1.0, 1e-3, 32, 10, (2.5,)), (1.0, 1.0, 3e-3, 32, 10, (1.6,))]
+    (tmp_path / "report.json").write_text(json.dumps(report_of(cells)))
+    lambda_map.main([str(tmp_path)])
+    assert "2.5000 (+1.0000)" in (tmp_path / "map.md").read_text() and (tmp_path / "map.png").is_file()
+
+
 def test_what_cannot_be_mapped(tmp_path):
     for arguments in ([], ["a", "b"], ["--seeds=2"]):
         with pytest.raises(InputError, match="name one directory"):
