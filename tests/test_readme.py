@@ -654,6 +654,13 @@ def test_the_words_about_trained_weights_and_learned_alphas_are_the_committed_re
     p = [10 * stats.ttest_1samp([ends[alpha][s] - ends[0][s] for s in ends[0]], 0).pvalue for alpha in (0.3, 0.4, 0.2)]
     assert "the p values of 0.3 and 0.4 are {:.3f} and {:.3f}, that of 0.2 is {:.2f},".format(*p) in IN_RESULTS
     probes = [json.loads((ROOT / "results" / "heads_learned" / f"seed-{seed}.json").read_text())["probe"] for seed in (1, 2, 3)]
+    logs = [(ROOT / "results" / "heads_learned" / f"seed-{seed}-metrics.jsonl").read_text().splitlines() for seed in (1, 2, 3)]
+    runs = [[(row["val_loss"], row["step"]) for row in map(json.loads, log) if row.get("val_loss") is not None] for log in logs]
+    again, steps = zip(*map(min, runs))
+    learned = next(arm for name, arm in report_of("heads")["arms"].items() if "learned" in name)
+    lower = [cell["best_val_loss"] - loss for cell, loss in zip(learned["cells"], again)]
+    text = "Its best losses were {:.4f}, {:.4f} and {:.4f}, lower than in the table by {:.4f}, {:.4f} and {:.4f}:"
+    assert text.format(*again, *lower) in IN_RESULTS and f"step {min(steps)} to {max(steps)}, α" in IN_RESULTS
     alphas = [[probe[f"layer {layer} head {head} alpha"] for probe in probes for head in range(6)] for layer in range(6)]
     means = [sum(some) / len(some) for some in alphas]
     text = "{:.2f} on average in the second of six layers and {:.2f} to {:.2f} in the later ones, none of them outside {} to {:.2f}."
