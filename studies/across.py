@@ -32,8 +32,9 @@ def together(reports: list[dict]) -> dict:
     try:
         sources = [report["provenance"] for report in reports]
         alike("endpoint", [report["endpoint"] for report in reports])
-        alike("data", [f"{source.get('data')} (val sha256 {source['data_sha256'].get('val_sha256')})" for source in sources])
-        alike("the sha256 of their data", [source["data_sha256"] for source in sources])
+        sums = [source["data_sha256"] for source in sources]
+        if any(one != sums[0] for one in sums):
+            alike("data", [f"{source.get('data')} (sha256 {', '.join(map(str, one.values()))})" for source, one in zip(sources, sums)])
         alike("torch", [source["versions"]["torch"] for source in sources])
         alike("device", [source["device"] for source in sources])
         for report, source in zip(reports, sources):
@@ -108,8 +109,8 @@ def tables(whole: dict, arms: dict, pairs: dict, folders: list) -> str:
         text += "So few pairs are a hint, not an answer. "
     intervals = sum(pair["interval"] is not None for pair in pairs.values())
     text += f"The {intervals} intervals are not corrected for their number." if intervals > 1 else ""
-    text = text.rstrip() + "\n\n![validation loss](across.png)\n"
-    text += "" if len(set(whole["code"])) == 1 else "The reports are of different versions of the code.\n"
+    text += "" if len(set(whole["code"])) == 1 else " The reports are of different versions of the code."
+    text = text.rstrip() + ("\n\n![validation loss](across.png)\n" if any(arms.values()) else "\n")  # else there is no curve to draw
     sources = zip(folders, whole["code"], whole["commands"])
     return text + "".join(f"\n- {folder.name}: code {code}, {command}" for folder, code, command in sources) + "\n"
 

@@ -482,7 +482,10 @@ def test_comparisons_that_do_not_belong_together():
         (comparison_of({"B": {"config": {"learning_rate": 2.0}, 1: 1.0}}), "differ in learning_rate: 1.0 and 2.0"),
         (comparison_of({"B": {"config": {}, 1: 1.0}}, device="e"), "differ in device: d and e"),
         (comparison_of({"B": {"config": {}, 1: 1.0}}, versions={"torch": "3"}), "differ in torch: 2 and 3"),
-        (comparison_of({"B": {"config": {}, 1: 1.0}}, data_sha256={}), "differ in data"),
+        (
+            comparison_of({"B": {"config": {}, 1: 1.0}}, data_sha256={"val_sha256": "w"}, data="x"),
+            r"differ in data: None \(sha256 v\) and x \(sha256 w\)",
+        ),
         (comparison_of({"B": {"config": {}, 1: 1.0}}) | {"endpoint": "best"}, "differ in endpoint: last and best"),
         (comparison_of({"A": {"config": {}, 1: 1.0}}), "arm A is in two of the reports on the same seed"),
         (comparison_of({"A": {"config": {"diffusion": True}, 2: 1.0}}), "arm A is in two of the reports with different recipes"),
@@ -497,6 +500,8 @@ def test_comparisons_that_do_not_belong_together():
     assert len(across.together(named)["arms"]) == 2, "an arm that has the key in its name"
     alone = [comparison_of({name: {"config": {"diffusion": name == "B", "attention_kernel": "softmax"}, 1: 1.0}}) for name in "AB"]
     assert list(across.together(alone)["arms"]) == ["A", "B"], "one arm each, told apart by a key of attention"
+    alone[1]["provenance"]["data"] = "another name"
+    assert len(across.together(alone)["arms"]) == 2, "of the same data by another name"
     for curve in (None, [], [[0, "x"]], [[0]]):
         damaged = comparison_of({"B": {"config": {}, 1: 1.0}})
         damaged["arms"]["B"]["cells"][0]["curve"] = curve
