@@ -28,7 +28,7 @@ ARMS = {  # an arm's name -> its options
     "A+prior": [BARRIER],  # the log-barrier on the embeddings, and on the model's own heads
     "A+own": [BARRIER, ("prior_where", "attention")],
     "A-bf16": [("dtype", "bfloat16")],  # on a CPU, where --dtype=auto is float32
-    "apart": [],  # on CUDA, A with GELU outside the MLP's products, where A may have it inside (fused_mlp.py)
+    "apart": [],  # on CUDA, A with plain products, where A may have more in them (fused_products.py)
     "plain": [],  # A in nanoGPT's way, see `plain`
 }
 
@@ -246,17 +246,17 @@ class FixedBatch:
 
 
 def apart(config: TrainConfig, place: Place, data):
-    """The program with GELU in passes of its own. Raises InputError where there is nothing to tell apart."""
+    """The program with plain products, what stands around them in passes of its own. Raises InputError where there is nothing to tell apart."""
     if place.device.type != "cuda":
-        raise InputError("--arms: apart is for CUDA, where fused_mlp.py has GELU inside the MLP's products")
-    import fused_mlp
+        raise InputError("--arms: apart is for CUDA, where fused_products.py has products with more in them")
+    import fused_products
 
-    applies = fused_mlp.applies
+    applies = fused_products.applies
     try:
-        fused_mlp.applies = lambda *_: False
+        fused_products.applies = lambda *_: False
         return build(config, place, data)
     finally:
-        fused_mlp.applies = applies
+        fused_products.applies = applies
 
 
 def programs(bench: BenchConfig, folder: Path) -> tuple[dict, dict, Place]:

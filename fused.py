@@ -6,9 +6,9 @@ torch.compile fuses element-wise passes well, but leaves these to be won (times 
     dropout                        eight decisions from one Philox call, kept as a byte each, instead of one call per decision and direction
     linear layers                  weights are cast once per step, all together; their gradients leave the product in float32
     GELU                           exact up to 2.2e-7 with one exp2 and one rsqrt instead of the long erf; kept, not computed again; on Hopper GPUs it
-                                   and its gradient are the ends of the products before them (fused_mlp.py)
-    graph diffusion                y - v is kept; v's second gradient is subtracted where dq, dk and dv are gathered, a pass that reads dv anyway and
-                                   adds the gradients of taps
+                                   and its gradient are the ends of the products before them (fused_products.py)
+    queries, keys, values          on Hopper GPUs the products of the projection's gradient take dq, dk and dv as they are; else one pass gathers them
+    graph diffusion                y - v is kept; v's second gradient is subtracted in that pass, or in one over dv alone
     token table                    its gradient by a sort instead of atomics
     cross-entropy                  the output layer in pieces of CHUNK rows; the pass that computes the loss turns the logits into its gradient in
                                    place, so that neither the 65,536 x 50,304 logits of a GPT-2 step nor their gradient are ever whole
@@ -25,9 +25,9 @@ import triton.language as tl
 from torch.nn import functional as F
 
 import fused_attention
-import fused_mlp
+import fused_products
 import model
-from fused_mlp import gelu, linear_gelu, linear_gelu_backward
+from fused_products import gelu, linear_gelu, linear_gelu_backward, product_of_three
 from model import GPT, CausalSelfAttention, ViT
 from operators import operator
 from place import processors
@@ -486,8 +486,42 @@ class _SplitForDiffusion(torch.autograd.Function):
         return gather(dq, dk, dv, dw, ctx.coefficient, ctx.heads, *taps), None, None, None, None
 
 
+@operator
+def weight_gradient_of_three(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """weight_gradient of three (N, C) side by side: (3 C, in)."""
+    C = dq.size(1)
+    total = torch.empty(3 * C, x.size(1), dtype=torch.float32, device=x.device)
+    for i, part in enumerate((dq, dk, dv)):
+        _accumulate(total[i * C : (i + 1) * C], part, x, add=False)
+    return total
+
+
+weight_gradient_of_three.register_fake(lambda dq, dk, dv, x: x.new_empty(3 * dq.size(1), x.size(1), dtype=torch.float32))
+
+
+class _Project(torch.autograd.Function):
+    """(B, T, C), the projection's weight (3 C, C) in float32 and its cast -> q, k, v (B, H, T, d), with diffusing `heads` v once more for `_Subtract`
+    alone. No pass gathers their gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight, half, n_head, coefficient, heads):
+        ctx.save_for_backward(x, half)
+        ctx.coefficient, ctx.heads = coefficient, heads
+        parts = _heads(x @ half.t(), n_head)
+        return parts + _again(parts[2]) if heads else parts
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv, dw=None):
+        x, half = ctx.saved_tensors
+        if dw is not None:
+            dv = subtract(dv, dw, ctx.coefficient, 1.0, ctx.heads)
+        parts = [part.transpose(1, 2).reshape(-1, x.size(-1)) for part in (dq, dk, dv)]
+        dx = product_of_three(*parts, half).view_as(x)
+        return dx, weight_gradient_of_three(*parts, x.flatten(0, 1)), None, None, None, None
+
+
 class _Subtract(torch.autograd.Function):
-    """`subtract`. v's gradient is returned without its factor -alpha lambda, which `gather` applies on the diffusing heads."""
+    """`subtract`. v's gradient is returned without its factor -alpha lambda, which is applied on the diffusing heads where v's gradients meet."""
 
     @staticmethod
     def forward(ctx, y, v, alpha, lam, heads):
@@ -505,24 +539,32 @@ class _Subtract(torch.autograd.Function):
 class Attention(CausalSelfAttention):
     """The model's attention; `branch` is what it adds to the residual stream, before dropout."""
 
+    ungathered = False  # the projection's gradients by products of three: `accelerate` decides
+
+    def heads(self, x, tapped: bool):
+        """(B, T, C) -> q, k, v (B, H, T, d), where heads diffuse v once more, and with `tapped` all three for the taps."""
+        layer, form = self.c_attn, (self.n_head, self.alpha * self.lam, self.diffusing_heads)
+        if self.ungathered and not tapped and torch.is_autocast_enabled("cuda"):
+            return _Project.apply(x.to(layer.half.dtype), layer.weight, layer.half, *form)
+        qkv = layer(x)
+        return _SplitForDiffusion.apply(qkv, *form, tapped) if self.diffusing_heads else _Split.apply(qkv, self.n_head, tapped)
+
     def branch(self, x, taps=None):
         """(B, T, C) -> (B, T, C), over short sequences by fused_attention, else by the passes above around the framework's kernel. `taps` as in
         GPT.forward."""
-        qkv = self.c_attn(x)
         tapped, (B, T, C), p = taps is not None, x.shape, self.dropout if self.training else 0.0
-        if fused_attention.applies(T, C // self.n_head) and not tapped:
+        short = fused_attention.applies(T, C // self.n_head) and not tapped
+        if short:
+            qkv = self.c_attn(x)
             kept = keep(qkv.detach(), p, (B, self.n_head, T, T), 1 + self.layer) if p else None
             form = self.n_head, self.alpha, self.lam, self.diffusing_heads, self.causal
             return self.c_proj(fused_attention.ShortAttention.apply(qkv, kept, 1 / (1 - p), *form))
-        if self.diffusing_heads:
-            q, k, v, w, *tap = _SplitForDiffusion.apply(qkv, self.n_head, self.alpha * self.lam, self.diffusing_heads, tapped)
-        else:
-            q, k, v, *tap = _Split.apply(qkv, self.n_head, tapped)
+        q, k, v, *more = self.heads(x, tapped)
         if tapped:
-            taps.append(tuple(tap))
+            taps.append(tuple(more[-3:]))
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=self.causal)
         if self.diffusing_heads:
-            y = _Subtract.apply(y, w, self.alpha, self.lam, self.diffusing_heads)
+            y = _Subtract.apply(y, more[0], self.alpha, self.lam, self.diffusing_heads)
         return self.c_proj(y.transpose(1, 2).reshape(x.shape))
 
 
@@ -620,7 +662,9 @@ def output_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, gr
     """x (N, C) in half precision, weight (V, C) float32, targets (N,), -1 ignored -> mean loss, and with `gradient` (else empty) that of the sum
     over the targets that count: (N, C) in x's dtype and (V, C) in float32."""
     V = len(weight)
-    half = F.pad(weight.to(x.dtype), (0, 0, 0, -V % 16))  # rows of an odd length have slow products and loads
+    half = weight.to(x.dtype)
+    if V % 16:
+        half = F.pad(half, (0, 0, 0, -V % 16))  # rows of an odd length have slow products and loads
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x) if gradient else x.new_empty(0)
     dweight = torch.empty(half.shape, dtype=torch.float32, device=x.device) if gradient else weight.new_empty(0)
@@ -694,4 +738,6 @@ def accelerate(network: nn.Module, dtype: torch.dtype, shadows: bool = True):
             if type(module) is nn.Linear:
                 module.__class__ = Linear
                 module.half = module.weight.detach().to(dtype, copy=True)
-        block.mlp.inside = all(fused_mlp.applies(layer.half, layer.bias) for layer in (block.mlp.c_fc, block.mlp.c_proj))
+        block.mlp.inside = all(fused_products.applies(layer.half, layer.bias) for layer in (block.mlp.c_fc, block.mlp.c_proj))
+        if isinstance(block.attn, Attention):
+            block.attn.ungathered = fused_products.applies(block.attn.c_attn.half, block.attn.c_attn.bias)

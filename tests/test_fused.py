@@ -12,7 +12,7 @@ from test_fused_attention import exactly  # noqa: E402
 
 import fused  # noqa: E402
 import fused_attention  # noqa: E402
-import fused_mlp  # noqa: E402
+import fused_products  # noqa: E402
 import operators  # noqa: E402
 from model import GPT, GPTConfig, ViT, ViTConfig, attention_reference  # noqa: E402
 
@@ -33,7 +33,7 @@ def close(ours, reference, relative: float, absolute: float = 0.0):
 
 def test_gelu_and_its_derivative():
     x = torch.cat((torch.linspace(-12, 12, 5001), torch.tensor([0.0, 1e-30, -100.0, 1e4]))).to(DEVICE).requires_grad_()
-    y = fused_mlp.gelu(x)
+    y = fused_products.gelu(x)
     y.sum().backward()
     exact = x.detach().double().requires_grad_()
     F.gelu(exact).sum().backward()
@@ -41,7 +41,7 @@ def test_gelu_and_its_derivative():
     close(x.grad, exact.grad, 2e-6, 2e-6)
     dtype, rounding = (torch.bfloat16, 2**-8) if CUDA else (torch.float16, 2**-10)  # the interpreter truncates to bfloat16, a GPU rounds
     half = x.detach().to(dtype)
-    close(fused_mlp.gelu(half), F.gelu(half.double()), rounding, 1e-6)
+    close(fused_products.gelu(half), F.gelu(half.double()), rounding, 1e-6)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
@@ -332,8 +332,8 @@ def test_half_precision_and_the_compiler_are_as_exact_as_plain_autocast(arm):
 def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
     x = torch.randn(2, 5, 3, 8, device=DEVICE).transpose(1, 2)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(fused_mlp.gelu, (x.contiguous(),), test_utils=checks)
-    torch.library.opcheck(fused_mlp.gelu_backward, (x, x), test_utils=checks)
+    torch.library.opcheck(fused_products.gelu, (x.contiguous(),), test_utils=checks)
+    torch.library.opcheck(fused_products.gelu_backward, (x, x), test_utils=checks)
     torch.library.opcheck(fused.gather, (x, x, x, x, 1.0, 2), test_utils=checks)
     torch.library.opcheck(fused.gather, (x, x, x, None, 0.0, 0), test_utils=checks)
     torch.library.opcheck(fused.gather, (x, x, x, x, 1.0, 2, x, x, x), test_utils=checks)
@@ -342,6 +342,7 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
     torch.library.opcheck(fused.output_loss, (*wide, True), test_utils=checks)
     torch.library.opcheck(fused.output_loss, (*wide, False), test_utils=checks)
     torch.library.opcheck(fused.weight_gradient, (torch.randn(6, 4, device=DEVICE), wide[0]), test_utils=checks)
+    torch.library.opcheck(fused.weight_gradient_of_three, (wide[0], wide[0], wide[0], torch.randn(6, 5, device=DEVICE)), test_utils=checks)
     torch.library.opcheck(fused.table_gradient, (x, torch.randint(4, (2, 3, 5), device=DEVICE), 4), test_utils=checks)
     torch.library.opcheck(fused.keep, (x, 0.5, (3, 4), 0), test_utils=checks)
     qkv = torch.randn(2, 5, 96, device=DEVICE)

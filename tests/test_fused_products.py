@@ -9,7 +9,7 @@ CUDA = torch.cuda.is_available()
 from test_fused import DEVICE, close  # noqa: E402
 
 import fused  # noqa: E402
-import fused_mlp  # noqa: E402
+import fused_products  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
@@ -37,11 +37,11 @@ def slope(h):
 @shapes
 def test_product_and_gelu(N, C, M, dtype, rounding):
     x, up, _ = draw(N, C, M, dtype)
-    g, h = fused_mlp.linear_gelu(x, up, True)
+    g, h = fused_products.linear_gelu(x, up, True)
     assert h.shape == g.shape == (N, M) and h.dtype == g.dtype == dtype
     close(h, x.double() @ up.double().t(), rounding, 2e-5)  # beside the rounding of the result, that of a sum in float32
-    assert torch.equal(g, fused_mlp.gelu(h))
-    alone, nothing = fused_mlp.linear_gelu(x, up, False)
+    assert torch.equal(g, fused_products.gelu(h))
+    alone, nothing = fused_products.linear_gelu(x, up, False)
     assert torch.equal(alone, g) and nothing.numel() == 0
 
 
@@ -51,10 +51,10 @@ def test_product_and_gelu(N, C, M, dtype, rounding):
 def test_product_times_the_derivative(N, C, M, dtype, rounding):
     dy, _, down = draw(N, C, M, dtype)
     h = (2 * torch.randn(N, M, device=DEVICE)).to(dtype)
-    ours = fused_mlp.linear_gelu_backward(dy, down, h)
+    ours = fused_products.linear_gelu_backward(dy, down, h)
     assert ours.shape == h.shape and ours.dtype == dtype
     close(ours, dy.double() @ down.double() * slope(h), 2 * rounding, 2e-5)  # rounded as a product, and once more
-    assert torch.equal(ours, fused_mlp.linear_gelu_backward(dy, down, h))
+    assert torch.equal(ours, fused_products.linear_gelu_backward(dy, down, h))
 
 
 @pytest.fixture
@@ -95,6 +95,48 @@ def test_gradients_on_the_gpu(dtype, rounding):
         close(ours, reference, 2 * rounding, 2 * rounding * float(reference.abs().max()))
 
 
+@needs_hopper
+@dtypes
+@shapes
+def test_product_of_three(N, C, M, dtype, rounding):
+    parts = [draw(N, C, M, dtype)[0] * scale for scale in (1, 0.5, -2)]
+    weight = torch.randn(3 * C, M, device=DEVICE).to(dtype)
+    ours = fused_products.product_of_three(*parts, weight)
+    assert ours.shape == (N, M) and ours.dtype == dtype
+    reference = torch.cat(parts, dim=1).double() @ weight.double()
+    close(ours, reference, rounding, 2e-5 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("alpha, lam, heads", [(1.0, 1.0, 0), (1.0, 1.0, 3), (0.5, 1.5, 2)])
+@pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=needs_hopper)])
+def test_a_projection_whose_gradients_are_not_gathered(monkeypatch, alpha, lam, heads, on_gpu):
+    """Queries, keys and values of both ways into the same attention and diffusion, and the gradients of float64."""
+    if not on_gpu:
+        monkeypatch.setattr(fused, "product_of_three", lambda a, b, c, weight: torch.cat((a, b, c), dim=1) @ weight)
+    torch.manual_seed(1)
+    dtype, B, T, H, C = (torch.bfloat16, 2, 70, 3, 96) if on_gpu else (torch.float32, 2, 7, 3, 12)
+    weight, given = torch.randn(3 * C, C, device=DEVICE) / C**0.5, torch.randn(B, T, C, device=DEVICE)
+    half, x, dy = weight.to(dtype), given.to(dtype), torch.randn(B, H, T, C // H, device=DEVICE).to(dtype)
+
+    def attention(q, k, v, w):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return torch.cat((y[:, : H - heads], lam * (y - alpha * w)[:, H - heads :]), dim=1)
+
+    x.requires_grad_()
+    weight.requires_grad_()
+    q, k, v, *again = fused._Project.apply(x, weight, half, H, alpha * lam, heads)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    y = fused._Subtract.apply(y, *again, alpha, lam, heads) if heads else y
+    y.backward(dy)
+    exact = [t.detach().double().requires_grad_() for t in (x, half)]
+    q, k, v = fused._heads(exact[0] @ exact[1].t(), H)
+    reference = attention(q, k, v, v)
+    reference.backward(dy.double())
+    tolerance = 0.03 if on_gpu else 1e-5
+    for ours, theirs in ((y, reference), (x.grad, exact[0].grad), (weight.grad, exact[1].grad)):
+        close(ours, theirs, tolerance, tolerance * float(theirs.detach().abs().max()))
+
+
 def small(**changes):
     return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_embd": 16} | changes))
 
@@ -130,14 +172,15 @@ def test_products_that_fail_or_are_wrong_are_not_used(plain, monkeypatch, capsys
         if isinstance(wrong, str):
             raise RuntimeError(wrong)
         h = x @ weight.t() * (wrong or 1)
-        return fused_mlp.gelu(h), h
+        return fused_products.gelu(h), h
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(fused_mlp, "linear_gelu", product)
-    monkeypatch.setattr(fused_mlp, "linear_gelu_backward", lambda dy, weight, h: fused_mlp.gelu_backward(dy @ weight, h))
-    assert fused_mlp._works.__wrapped__(torch.device(DEVICE), torch.float32) is expected
+    monkeypatch.setattr(fused_products, "linear_gelu", product)
+    monkeypatch.setattr(fused_products, "linear_gelu_backward", lambda dy, weight, h: fused_products.gelu_backward(dy @ weight, h))
+    monkeypatch.setattr(fused_products, "product_of_three", lambda a, b, c, weight: torch.cat((a, b, c), dim=1) @ weight)
+    assert fused_products._works.__wrapped__(torch.device(DEVICE), torch.float32) is expected
     out = capsys.readouterr().out
-    assert out == "" if note is None else note in out and "GELU stays outside the MLP's products" in out
+    assert out == "" if note is None else note in out and "the products with more in them are not used" in out
 
 
 @needs_hopper
@@ -155,9 +198,32 @@ def test_a_network_has_gelu_inside_its_products(monkeypatch):
 
 
 @needs_hopper
+@pytest.mark.parametrize("arm, heads", [({}, 0), ({"diffusion": True}, 2), ({"diffusion": True, "diffusion_heads": 1, "diffusion_alpha": 0.5}, 1)])
+def test_a_network_takes_gradients_ungathered(monkeypatch, arm, heads):
+    """Over long contexts, in A, A - I and half of the heads; the gradients are those of the gathering passes up to the rounding."""
+    torch.manual_seed(2)
+    network, calls = small(block_size=512, n_embd=128, **arm).to(DEVICE), []
+    fused.accelerate(network, torch.bfloat16)
+    assert network.transformer.h[0].attn.diffusing_heads == heads
+    kept = fused.product_of_three
+    monkeypatch.setattr(fused, "product_of_three", lambda *parts: calls.append(len(parts)) or kept(*parts))
+    idx, gradients = torch.randint(11, (3, 512), device=DEVICE), []
+    for ungathered in (True, False):
+        network.transformer.h[0].attn.ungathered = ungathered
+        network.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            network(idx, idx)[1].backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
+    assert calls == [4]
+    for ours, gathered in zip(*gradients):
+        close(ours, gathered, 2**-6, 2**-6 * float(gathered.abs().max()))
+
+
+@needs_hopper
 def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
     x, up, down = draw(6, 16, 64, torch.bfloat16)
     checks = ("test_schema", "test_faketensor")
     for keep in (True, False):
-        torch.library.opcheck(fused_mlp.linear_gelu, (x, up, keep), test_utils=checks)
-    torch.library.opcheck(fused_mlp.linear_gelu_backward, (x, down, torch.randn(6, 64, device=DEVICE).to(x.dtype)), test_utils=checks)
+        torch.library.opcheck(fused_products.linear_gelu, (x, up, keep), test_utils=checks)
+    torch.library.opcheck(fused_products.linear_gelu_backward, (x, down, torch.randn(6, 64, device=DEVICE).to(x.dtype)), test_utils=checks)
+    torch.library.opcheck(fused_products.product_of_three, (x, x, x, torch.randn(48, 24, device=DEVICE).to(x.dtype)), test_utils=checks)

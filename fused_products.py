@@ -1,8 +1,9 @@
-"""GELU in Triton for half precision on CUDA: as passes of its own, and inside the products of an MLP, C -> 4 C -> GELU -> C, on Hopper GPUs.
+"""Matrix products with more in them, for half precision on CUDA, and GELU in passes of its own, in Triton.
 
-Apart, GELU reads the result of the product before it from memory again, and its gradient that of the product behind it. fused_mlp_hopper.py applies
-GELU to a tile of that product while the next tile is being multiplied, and multiplies the gradient's tile by GELU's derivative likewise. Times in
-LOG.md. tests/test_fused.py and tests/test_fused_mlp.py compare with float64, and GELU inside with GELU apart to the bit.
+Apart, GELU reads the result of the product before it from memory again, and its gradient that of the product behind it. On Hopper GPUs
+fused_products_hopper.py applies GELU to a tile of that product while the next tile is being multiplied, and multiplies the gradient's tile by GELU's
+derivative likewise. It also takes a factor in three pieces, so that the gradients of queries, keys and values need not be put together first. Times
+in LOG.md. tests/test_fused.py and tests/test_fused_products.py compare with float64, and GELU inside with GELU apart to the bit.
 """
 
 import functools
@@ -85,7 +86,7 @@ gelu.register_autograd(
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Inside the products
+# Products with more in them
 
 
 def applies(half: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -102,37 +103,53 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     # more than one tile, and a ring of slots that turns; no random numbers, which are the training's
     x, weight = (torch.linspace(-1, 1, rows * 264, device=device).sin().view(rows, 264).to(dtype) for rows in (136, 272))
+    three = [(x * scale).to(dtype) for scale in (1, 0.5, -0.7)]
     try:
         g, h = linear_gelu(x, weight, True)
         product, dh = x @ weight.t(), linear_gelu_backward(x, weight.t().contiguous(), h)
         pairs = (h, product), (g, gelu(h)), (dh, gelu_backward(product, h))
+        beside = weight.t().repeat(3, 1)
+        pairs += ((product_of_three(*three, beside), torch.cat(three, dim=1) @ beside),)
         why = "" if all(torch.allclose(ours, reference, rtol=0.02, atol=0.02) for ours, reference in pairs) else "its results are wrong"
     except Exception as e:  # Gluon is an experimental part of Triton, and another release of it may fail in any way
         why = f"{type(e).__name__}: {e}".splitlines()[0]
     if why:
-        say(f"note: GELU stays outside the MLP's products, with Triton {triton.__version__}: {why}")
+        say(f"note: the products with more in them are not used, with Triton {triton.__version__}: {why}")
     return not why
 
 
 @operator
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """x (N, K), weight (M, K) -> GELU of h = x weight^T rounded to x's dtype, (N, M), and with `keep` (else empty) h."""
-    from fused_mlp_hopper import product
+    from fused_products_hopper import product
 
     g = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     h = torch.empty_like(g) if keep else g.new_empty(0)
-    product(x.contiguous(), weight.contiguous(), h, g, gradient=False)
+    product([x.contiguous()], weight.contiguous(), g, "gelu", h)
     return g, h
 
 
 @operator
 def linear_gelu_backward(dy: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """dy (N, C), weight (C, M), h (N, M) -> gradient of h, dy weight rounded to h's dtype times GELU's derivative at h, (N, M)."""
-    from fused_mlp_hopper import product
+    from fused_products_hopper import product
 
     dh, h = torch.empty_like(h, memory_format=torch.contiguous_format), h.contiguous()
-    product(dy.contiguous(), weight.contiguous(), h, dh, gradient=True)
+    product([dy.contiguous()], weight.contiguous(), dh, "slope", h)
     return dh
+
+
+@operator
+def product_of_three(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """a, b, c (N, K) side by side times weight (3 K, M) -> (N, M), without being put together in memory."""
+    from fused_products_hopper import product
+
+    out = torch.empty(len(a), weight.size(1), dtype=a.dtype, device=a.device)
+    product([part.contiguous() for part in (a, b, c)], weight.contiguous(), out)
+    return out
+
+
+product_of_three.register_fake(lambda a, b, c, weight: a.new_empty(len(a), weight.size(1)))
 
 
 @linear_gelu.register_fake

@@ -1,8 +1,9 @@
-"""fused_mlp.py's two products in Gluon, Triton's lower level, with the warps of a Hopper multiprocessor at three different tasks.
+"""Matrix products whose factor is in three pieces or whose end is GELU, in Gluon, Triton's lower level, with the warps of a Hopper multiprocessor at
+three different tasks; for fused.py and fused_products.py.
 
     1 warp       loads tiles of the factors by TMA, as far ahead as there are slots
     8 warps      multiply, and leave each finished tile in shared memory in half precision
-    8 warps      store it, with GELU or multiplied by GELU's derivative, while the next tile is being multiplied
+    8 warps      store it, as it is, with GELU or multiplied by GELU's derivative, while the next tile is being multiplied
 
 So the arithmetic costs the tensor cores little, and a tile can be as large as registers allow. Without GELU this product is as fast as cuBLAS's. What
 is left is mostly memory's: a second matrix stored forward, one more read backward. Triton's interpreter knows no Gluon.
@@ -13,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fused_mlp import slope, value
+from fused_products import slope, value
 from place import processors
 
 # the newer names first: Gluon is an experimental part of Triton, which this was compiled with from 3.6 to 3.9
@@ -27,27 +28,33 @@ PIECE = {False: 32, True: 16}  # rows of a tile finished at a time, forward and 
 
 
 @gluon.jit
-def _load(a, b, lefts, rights, full, free, rows, columns, inner, ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr,
-          SLOTS: gl.constexpr, TRANSPOSED: gl.constexpr):  # fmt: skip
-    """Fills the slots in turn with ROWS x INNER of a and the part of b that belongs to it."""
+def _load(a, a1, a2, b, lefts, rights, full, free, rows, columns, inner, PARTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+          INNER: gl.constexpr, SLOTS: gl.constexpr, TRANSPOSED: gl.constexpr):  # fmt: skip
+    """Fills the slots in turn with ROWS x INNER of a and the part of b that belongs to it; with three PARTS, of a, a1 and a2 side by side."""
     across = gl.cdiv(columns, COLUMNS)
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(rows, ROWS) * across, gl.num_programs(0)):
         row, column = tile // across * ROWS, tile % across * COLUMNS
-        for k in range(0, inner, INNER):
-            slot = step % SLOTS
-            mbarrier.wait(free.index(slot), (step // SLOTS + 1) & 1)  # of a new barrier the phase before the first counts as over
-            mbarrier.expect(full.index(slot), (ROWS + COLUMNS) * INNER * 2)
-            load(a, [row, k], full.index(slot), lefts.index(slot))
-            if TRANSPOSED:
-                load(b, [column, k], full.index(slot), rights.index(slot))
-            else:
-                load(b, [k, column], full.index(slot), rights.index(slot))
-            step += 1
+        for part in gl.static_range(PARTS):
+            for k in range(0, inner, INNER):
+                slot = step % SLOTS
+                mbarrier.wait(free.index(slot), (step // SLOTS + 1) & 1)  # of a new barrier the phase before the first counts as over
+                mbarrier.expect(full.index(slot), (ROWS + COLUMNS) * INNER * 2)
+                if part == 0:
+                    load(a, [row, k], full.index(slot), lefts.index(slot))
+                elif part == 1:
+                    load(a1, [row, k], full.index(slot), lefts.index(slot))
+                else:
+                    load(a2, [row, k], full.index(slot), lefts.index(slot))
+                if TRANSPOSED:
+                    load(b, [column, part * inner + k], full.index(slot), rights.index(slot))
+                else:
+                    load(b, [part * inner + k, column], full.index(slot), rights.index(slot))
+                step += 1
 
 
 @gluon.jit
-def _multiply(lefts, rights, whole, full, free, made, taken, rows, columns, inner, ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr,
+def _multiply(lefts, rights, whole, full, free, made, taken, rows, columns, steps, ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr,
               SLOTS: gl.constexpr, TRANSPOSED: gl.constexpr):  # fmt: skip
     """Sums over the slots; a slot is free once the product after the one that reads it has begun. The finished tile goes to `whole`."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 128, 16])
@@ -56,7 +63,7 @@ def _multiply(lefts, rights, whole, full, free, made, taken, rows, columns, inne
     step = 0
     turn = 0
     for _ in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        for k in range(0, inner, INNER):
+        for k in range(steps):
             slot = step % SLOTS
             mbarrier.wait(full.index(slot), step // SLOTS & 1)
             if TRANSPOSED:
@@ -80,8 +87,8 @@ def _multiply(lefts, rights, whole, full, free, made, taken, rows, columns, inne
 
 @gluon.jit
 def _finish(whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS: gl.constexpr, COLUMNS: gl.constexpr, PIECE: gl.constexpr,
-            GRADIENT: gl.constexpr, KEEP: gl.constexpr):  # fmt: skip
-    """Stores h (with KEEP) and its GELU, or with GRADIENT the tile times GELU's derivative at h; PIECE rows at a time, each by one warp at once."""
+            END: gl.constexpr, KEEP: gl.constexpr):  # fmt: skip
+    """Stores the tile, or h (with KEEP) and its GELU, or the tile times GELU's derivative at h; PIECE rows at a time, each by one warp at once."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
     across = gl.cdiv(columns, COLUMNS)
     turn = 0
@@ -91,7 +98,7 @@ def _finish(whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS: gl.constexp
         for piece in gl.static_range(ROWS // PIECE):
             i = (row + piece * PIECE).to(gl.int64) * columns + column
             mask = (row + piece * PIECE < rows) & (column < columns)
-            if GRADIENT:
+            if END == "slope":
                 x = gl.load(h_ptr + i, mask=mask, other=0.0).to(gl.float32)  # before the wait, beside which it arrives
             if piece == 0:
                 mbarrier.wait(made, turn & 1)
@@ -99,8 +106,10 @@ def _finish(whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS: gl.constexp
             if piece == ROWS // PIECE - 1:
                 barrier()
                 mbarrier.arrive(taken, count=1)
-            if GRADIENT:
+            if END == "slope":
                 gl.store(out_ptr + i, (half.to(gl.float32) * slope(x)).to(half.dtype), mask=mask)
+            elif END == "plain":
+                gl.store(out_ptr + i, half, mask=mask)
             else:
                 if KEEP:
                     gl.store(h_ptr + i, half, mask=mask)
@@ -109,9 +118,11 @@ def _finish(whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS: gl.constexp
 
 
 @gluon.jit
-def _product(a, b, h_ptr, out_ptr, rows, columns, inner, ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr, PIECE: gl.constexpr,
-             SLOTS: gl.constexpr, FINISHERS: gl.constexpr, REGISTERS: gl.constexpr, GRADIENT: gl.constexpr, KEEP: gl.constexpr):  # fmt: skip
-    """a (rows, inner) times b, (columns, inner) or with GRADIENT (inner, columns), TMA descriptors; tile by tile, finished as above.
+def _product(a, a1, a2, b, h_ptr, out_ptr, rows, columns, inner, PARTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+             INNER: gl.constexpr, PIECE: gl.constexpr, SLOTS: gl.constexpr, FINISHERS: gl.constexpr, REGISTERS: gl.constexpr,
+             END: gl.constexpr, KEEP: gl.constexpr):  # fmt: skip
+    """a (rows, inner) times b, for the END "gelu" (columns, inner), else (inner, columns), TMA descriptors; tile by tile, finished as above. With
+    three PARTS a, a1 and a2 stand side by side, and b has three times as many rows.
 
     Tiles of the same rows follow each other: their rows of a are in the cache then, and all of b, a weight, always is.
     """
@@ -129,22 +140,46 @@ def _product(a, b, h_ptr, out_ptr, rows, columns, inner, ROWS: gl.constexpr, COL
     mbarrier.init(taken, count=1)
     gl.warp_specialize(
         [
-            (_multiply, (lefts, rights, whole, full, free, made, taken, rows, columns, inner, ROWS, COLUMNS, INNER, SLOTS, not GRADIENT)),
-            (_finish, (whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS, COLUMNS, PIECE, GRADIENT, KEEP)),
-            (_load, (a, b, lefts, rights, full, free, rows, columns, inner, ROWS, COLUMNS, INNER, SLOTS, not GRADIENT)),
+            (
+                _multiply,
+                (
+                    lefts,
+                    rights,
+                    whole,
+                    full,
+                    free,
+                    made,
+                    taken,
+                    rows,
+                    columns,
+                    PARTS * gl.cdiv(inner, INNER),
+                    ROWS,
+                    COLUMNS,
+                    INNER,
+                    SLOTS,
+                    END == "gelu",
+                ),
+            ),
+            (_finish, (whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS, COLUMNS, PIECE, END, KEEP)),
+            (_load, (a, a1, a2, b, lefts, rights, full, free, rows, columns, inner, PARTS, ROWS, COLUMNS, INNER, SLOTS, END == "gelu")),
         ],
         [FINISHERS, 1],
         [REGISTERS, 24],
     )
 
 
-def product(a, b, h, out, gradient: bool):
-    """a (N, K) times b, (M, K) or with `gradient` (K, M): fills out (N, M), and h if it is not empty; with `gradient` reads h."""
+def product(parts, b, out, end: str = "plain", h=None):
+    """Matrices (N, K) side by side, one or three, times b with a row for every column of them, for the end "gelu" b (M, K): fills out (N, M).
+
+    The end "gelu" fills h, unless it is empty, and stores GELU of it; "slope" stores the product times GELU's derivative at h.
+    """
     rows, columns = out.shape
-    shapes = [ROWS, INNER], [INNER, COLUMNS] if gradient else [COLUMNS, INNER]
+    shape = [COLUMNS, INNER] if end == "gelu" else [INNER, COLUMNS]
     form = gl.NVMMASharedLayout.get_default_for([ROWS, INNER], gl.bfloat16)  # of float16 too: the size of an element counts
-    left, right = (TensorDescriptor.from_tensor(factor, shape, form) for factor, shape in zip((a, b), shapes))
+    left = [TensorDescriptor.from_tensor(part, [ROWS, INNER], form) for part in parts]
+    right, h = TensorDescriptor.from_tensor(b, shape, form), out.new_empty(0) if h is None else h
     tiles = -(-rows // ROWS) * -(-columns // COLUMNS)
-    sizes = ROWS, COLUMNS, INNER, PIECE[gradient], SLOTS, FINISHERS, REGISTERS
+    sizes = ROWS, COLUMNS, INNER, PIECE[end == "slope"], SLOTS, FINISHERS, REGISTERS
     grid = (min(tiles, processors(out.device)),)
-    _product[grid](left, right, h, out, rows, columns, a.size(1), *sizes, gradient, h.numel() > 0, num_warps=8)
+    left = (left * 3)[:3]  # pointers of one factor alone are not followed
+    _product[grid](*left, right, h, out, rows, columns, parts[0].size(1), len(parts), *sizes, end, h.numel() > 0, num_warps=8)
