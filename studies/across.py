@@ -2,9 +2,9 @@
 
 Reads the report.json of each and writes across.json, across.md and across.png into the first directory: the endpoint of every arm, the paired
 difference of every two over the seeds that both have, and their curves; arms without diffusion come first. Refuses reports that do not belong
-together: other data, endpoint, torch or kind of device, an arm that is in two of them on the same seed, a key of the recipe that differs though it
-is none of attention's or of the barrier, no arm has it in its name and no report tells its arms apart by it. Code may differ, and then the table
-says so.
+together: other data, endpoint or torch, another kind of device for the same seed, an arm that is in two of them on the same seed, a key of the recipe
+that differs though it is none of attention's or of the barrier, no arm has it in its name and no report tells its arms apart by it. Code may differ,
+and so may the devices of different seeds, and then the table says so.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def together(reports: list[dict]) -> dict:
         if any(value != values[0] for value in values):
             raise InputError(f"the reports differ in {what}: {' and '.join(dict.fromkeys(map(str, values)))}")
 
-    cells, recipes, young = {}, {}, json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
+    cells, recipes, device_of, young = {}, {}, {}, json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
     tell = {key for key in young if key.startswith(("diffusion", "prior_")) or key in ARM}
     try:
         sources = [report["provenance"] for report in reports]
@@ -36,7 +36,6 @@ def together(reports: list[dict]) -> dict:
         if any(one != sums[0] for one in sums):
             alike("data", [f"{source.get('data')} (sha256 {', '.join(map(str, one.values()))})" for source, one in zip(sources, sums)])
         alike("torch", [source["versions"]["torch"] for source in sources])
-        alike("device", [source["device"] for source in sources])
         for report, source in zip(reports, sources):
             own = {name: young | {**source["configs"][name]} for name in report["arms"]}  # keys that a report is too old for have their defaults
             own = {name: {key: value for key, value in recipe.items() if key not in HARMLESS} for name, recipe in own.items()}
@@ -47,6 +46,8 @@ def together(reports: list[dict]) -> dict:
                 if {cell["seed"] for cell in arm["cells"]} & {cell["seed"] for cell in cells.setdefault(name, [])}:
                     raise InputError(f"arm {name} is in two of the reports on the same seed")
                 cells[name] += arm["cells"]
+                for seed in sorted(cell["seed"] for cell in arm["cells"]):  # pairs are of one seed, so of one kind of device
+                    alike(f"device on seed {seed}", [device_of.setdefault(seed, source["device"]), source["device"]])
                 if not all("diverged_at" in cell or [step + loss for step, loss, *_ in cell["curve"]] for cell in arm["cells"]):
                     raise ValueError("an empty curve")
         tell |= {key for key in young for name in cells if f"{key}=" in name}  # an arm is named by its own options
@@ -56,6 +57,7 @@ def together(reports: list[dict]) -> dict:
         whole = {"endpoint": reports[0]["endpoint"], "arms": {name: {"cells": cells[name]} for name in names}}
         whole["commands"] = [source["command"] + "" for source in sources]
         whole["code"] = [source["code_sha256"][:8] for source in sources]
+        whole["devices"] = {device: sorted(seed for seed in device_of if device_of[seed] == device) for device in dict.fromkeys(device_of.values())}
         return whole
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
         raise InputError(f"a report is not one of compare.py ({type(error).__name__}: {error})") from None
@@ -110,6 +112,9 @@ def tables(whole: dict, arms: dict, pairs: dict, folders: list) -> str:
     intervals = sum(pair["interval"] is not None for pair in pairs.values())
     text += f"The {intervals} intervals are not corrected for their number." if intervals > 1 else ""
     text += "" if len(set(whole["code"])) == 1 else " The reports are of different versions of the code."
+    if len(whole["devices"]) > 1:
+        where = (f"{device} on seeds {', '.join(map(str, seeds))}" for device, seeds in whole["devices"].items())
+        text += f" The runs are from {' and '.join(where)}; no pair is of two devices."
     text = text.rstrip() + ("\n\n![validation loss](across.png)\n" if any(arms.values()) else "\n")  # else there is no curve to draw
     sources = zip(folders, whole["code"], whole["commands"])
     return text + "".join(f"\n- {folder.name}: code {code}, {command}" for folder, code, command in sources) + "\n"
@@ -123,7 +128,7 @@ def main(arguments: list[str]):
     pairs = differences(arms)
     from report import draw_curves
 
-    contents = {"reports": [folder.name for folder, _ in found]} | {key: whole[key] for key in ("commands", "code", "endpoint")}
+    contents = {"reports": [folder.name for folder, _ in found]} | {key: whole[key] for key in ("commands", "code", "devices", "endpoint")}
     contents |= {"arms": arms, "pairs": pairs}
     folder = found[0][0]
     write_table(folder, "across", contents, tables(whole, arms, pairs, [one for one, _ in found]))

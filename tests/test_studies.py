@@ -469,10 +469,17 @@ def test_arms_of_several_comparisons(tmp_path, capsys):
     more = comparison_of({"all": faster, "half": {"config": {"diffusion": True, "learning_rate": 1.0}, 4: 7.0}})
     assert re.search(r"\| half +\| 2 \(\+ 1 diverged\) \|", text) and "](across.png)" in text
     assert "Arms without a seed that both have finished have no difference." in text
+    assert "no pair is of two devices" not in text and found["devices"] == {"d": [1, 2, 3]}
     assert "one: code c, python compare.py" in text and "two: code other, python compare.py" in text and "So few pairs are a hint" in text
     assert (tmp_path / "one" / "across.png").read_bytes().startswith(b"\x89PNG")
     whole = across.together([first, more])
     assert len(set(whole["code"])) == 1 and across.endpoints(whole)["half"] == {1: 1.0, 2: 2.0, 4: 7.0}, "seeds of one arm from two reports"
+    first["provenance"]["device"] = second["provenance"]["device"] = "e"
+    for arm in (arm for report in (first, second) for arm in report["arms"].values()):
+        arm["cells"] = [cell | {"seed": cell["seed"] + 4} for cell in arm["cells"]]
+    both = across.together([json.loads((tmp_path / "one" / "report.json").read_text()), first])
+    said = across.tables(both, across.endpoints(both), {}, [tmp_path, tmp_path])
+    assert "The runs are from d on seeds 1, 2, 3 and e on seeds 5, 6, 7; no pair is of two devices." in said
 
 
 def test_comparisons_that_do_not_belong_together():
@@ -480,7 +487,7 @@ def test_comparisons_that_do_not_belong_together():
     for other, message in (
         (comparison_of({"B": {"config": {"max_iters": 8}, 1: 1.0}}), "differ in max_iters: 9 and 8"),
         (comparison_of({"B": {"config": {"learning_rate": 2.0}, 1: 1.0}}), "differ in learning_rate: 1.0 and 2.0"),
-        (comparison_of({"B": {"config": {}, 1: 1.0}}, device="e"), "differ in device: d and e"),
+        (comparison_of({"B": {"config": {}, 1: 1.0}}, device="e"), "differ in device on seed 1: d and e"),
         (comparison_of({"B": {"config": {}, 1: 1.0}}, versions={"torch": "3"}), "differ in torch: 2 and 3"),
         (
             comparison_of({"B": {"config": {}, 1: 1.0}}, data_sha256={"val_sha256": "w"}, data="x"),
@@ -502,6 +509,8 @@ def test_comparisons_that_do_not_belong_together():
     assert list(across.together(alone)["arms"]) == ["A", "B"], "one arm each, told apart by a key of attention"
     alone[1]["provenance"]["data"] = "another name"
     assert len(across.together(alone)["arms"]) == 2, "of the same data by another name"
+    elsewhere = comparison_of({name: {"config": {"diffusion": name == "half"}, 2: 1.0} for name in ("half", "A")}, device="e")
+    assert across.together([one, elsewhere])["devices"] == {"d": [1], "e": [2]}, "whose seeds are other ones"
     for curve in (None, [], [[0, "x"]], [[0]]):
         damaged = comparison_of({"B": {"config": {}, 1: 1.0}})
         damaged["arms"]["B"]["cells"][0]["curve"] = curve
