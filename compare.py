@@ -306,6 +306,9 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         made = there[cell] is not None and "diverged_at" not in there[cell]
         if comparison.save_checkpoints and made and not (path[cell].parent / "last").is_dir():
             raise InputError(f"cell {path[cell].parent} was made without --save_checkpoints=True: choose another --out_dir or remove it")
+    for cell in missing:
+        if onward[cell] is not None and not save and (path[cell].parent / "best" / "checkpoint.json").is_file():
+            raise InputError(f"cell {path[cell].parent} was interrupted with --save_checkpoints=True: give it again, or remove the cell")
     if rank == 0:
         done = len(cells) - len(missing)
         say(f"data: {read_meta(arms[cells[0][0]].dataset)[1].get('source', 'unnamed')}")

@@ -330,8 +330,9 @@ def draw_frontier(path: Path, pairs: dict) -> bool:
             place.errorbar([x["mean"]], [100 * y["mean"]], xerr=spread[0], yerr=spread[1], **form)
         place.axhline(0, color="black", linewidth=1, linestyle="--")
         place.axvline(0, color="black", linewidth=1, linestyle="--")
-        place.axhline(15, color="green", linewidth=0.8, linestyle=":")  # the aim: above this one, left of the next
-        place.axvline(1.7, color="green", linewidth=0.8, linestyle=":")
+        aim = {"color": "green", "linewidth": 1, "linestyle": ":"}  # of studies/map.md: above the one line, left of the other
+        place.axhline(15, label="15 % gained for 1.7 % of clean loss", **aim)
+        place.axvline(1.7, **aim)
         place.set(xlabel="change of the clean loss (%)", ylabel=f"robustness gain, {name} (%)")
         place.grid(alpha=0.3)
     if len(pairs) <= 40:

@@ -394,6 +394,16 @@ def test_a_cell_whose_best_weights_were_not_kept_starts_again_where_they_are_ask
     assert cell["resumed_at"] is None and cell["best_step"] > 0 and (tmp_path / "cells" / "base" / "seed-1" / "best").is_dir()
 
 
+def test_a_cell_interrupted_with_its_weights_kept_is_not_finished_without(arms, tmp_path, monkeypatch):
+    stopped(monkeypatch, tmp_path, *arms, "--save_checkpoints=True", at=11)
+    cell, before = tmp_path / "cells" / "base" / "seed-1", cells_in(tmp_path)
+    with pytest.raises(InputError, match=f"cell {cell} was interrupted with --save_checkpoints=True: give it again, or remove the cell"):
+        run(tmp_path, *arms, seeds=1)
+    assert cells_in(tmp_path) == before and (cell / "best").is_dir() and (cell / "last").is_dir()
+    assert run(tmp_path, *arms, "--save_checkpoints=True", seeds=1)["arms"]["base"]["cells"][0]["resumed_at"] == 11
+    assert (cell / "best").is_dir() and (cell / "last").is_dir()
+
+
 def test_a_signal_in_a_step_that_diverges_ends_the_comparison_behind_that_cell(arms, tmp_path, monkeypatch):
     arguments = [*arms, "--learning_rate=1e30", "--warmup_iters=0", "--grad_clip=0"]
     stopped(monkeypatch, tmp_path, *arguments, at=2)
