@@ -39,6 +39,14 @@ def spread(entry: dict, digits: int = 4) -> str:
     return f"{entry['mean']:.{digits}f}" + (f" ± {entry['sd']:.{digits}f}" if entry["sd"] is not None else "")
 
 
+def estimate(entry: dict, form: str = "+.4f", scale: float = 1, unit: str = "") -> str:
+    """A mean in words and its interval in brackets, as far as there are such."""
+    if entry["mean"] is None:
+        return "-"
+    mean, *ends = (f"{scale * value:{form}}" for value in (entry["mean"], *(entry["interval"] or ())))
+    return mean + unit + (f" ({ends[0]} to {ends[1]})" if ends else "")
+
+
 def paired_difference(baseline: list[float], arm: list[float]) -> dict:
     """arm - baseline over paired seeds: mean, sd, 95 % t interval and the two-sided sign-flip p value, by scipy.stats.
 
@@ -201,18 +209,11 @@ def robustness_tables(arms: dict, pairs: dict) -> str:
 
 def gains_table(pairs: dict) -> str:
     """Change of the clean loss and robustness gains of each arm against the baseline."""
-
-    def cell(entry, unit, digits):
-        if entry["mean"] is None:
-            return "-"
-        interval = " ({:+.{d}f} to {:+.{d}f})".format(*(unit * value for value in entry["interval"]), d=digits) if entry["interval"] else ""
-        return f"{unit * entry['mean']:+.{digits}f} %{interval}"
-
-    rows = [["clean loss", "-", *(cell(pair["clean_percent"], 1, 2) for pair in pairs.values())]]
+    rows = [["clean loss", "-", *(estimate(pair["clean_percent"], "+.2f", 1, " %") for pair in pairs.values())]]
     for name in next((pair["gains"] for pair in pairs.values() if pair["gains"]), {}):  # an arm that diverged on every seed has none
         entries = [pair["gains"].get(name) for pair in pairs.values()]
         delta = next(entry["mean_deltas"][0] for entry in entries if entry)
-        rows.append([f"gain: {name}", f"{delta:+.4f}", *(cell(entry, 100, 1) if entry else "-" for entry in entries)])
+        rows.append([f"gain: {name}", f"{delta:+.4f}", *(estimate(entry, "+.1f", 100, " %") if entry else "-" for entry in entries)])
     text = "\n\n" + tabulate(rows, ["", "baseline's delta", *pairs], tablefmt="github", disable_numparse=True)
     text += (
         "\n\nRobustness gain = 1 − delta(arm) / delta(baseline), delta = perturbed − clean loss of the best weights; above 0 the arm is more robust."

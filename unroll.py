@@ -95,6 +95,7 @@ from dataset import Pictures, prepare_if_missing, write_file
 from figures import plt, save_figure
 from model import Block, ViTConfig, attention_matrix
 from place import find_place, say
+from report import estimate
 from variants import add_theory_to_block
 
 PICTURE_STREAM, MAP_STREAM = 4, 5  # SeedSequence keys (seed, stream); train.py and sample.py use 1 to 3
@@ -346,11 +347,7 @@ def embeddings(pictures, config: UnrollConfig, seed: int) -> dict[str, np.ndarra
 
 def table(entries: dict[str, dict]) -> str:
     """{row: {measure: interval(...)}} -> Markdown: mean and 95 % interval."""
-
-    def cell(entry):
-        return f"{entry['mean']:.3f}" + (" ({:.3f} to {:.3f})".format(*entry["interval"]) if entry["interval"] else "")
-
-    rows = [[name, *(cell(entry[key]) for key in MEASURES)] for name, entry in entries.items()]
+    rows = [[name, *(estimate(entry[key], ".3f") for key in MEASURES)] for name, entry in entries.items()]
     return tabulate(rows, ["latents", *MEASURES.values()], tablefmt="github", disable_numparse=True)
 
 

@@ -43,7 +43,7 @@ def table(losses: dict, steps: int) -> str:
     """The table as Markdown."""
     from tabulate import tabulate
 
-    from report import paired_difference, spread, summary
+    from report import estimate, paired_difference, spread, summary
 
     rows = []
     for alpha, ends in losses.items():
@@ -51,7 +51,7 @@ def table(losses: dict, steps: int) -> str:
         for end, values in ends.items():
             pair = paired_difference(losses[0][end], values)
             cells.append(spread(summary(values)))
-            cells.append("{:+.4f} ({:+.4f} to {:+.4f})".format(pair["mean"], *pair["interval"]) if pair["interval"] else "-")
+            cells.append(estimate(pair) if pair["interval"] else "-")
         rows.append(cells)
     headers = ["alpha", "loss of the weights as they are", "against alpha = 0", f"after {steps} steps of fine-tuning", "against alpha = 0"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)

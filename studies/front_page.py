@@ -84,11 +84,6 @@ ENDPOINTS = {
 }
 
 
-def words(value: float, digits: int, sign: str = "") -> str:
-    """A number with a true minus."""
-    return f"{value:{sign}.{digits}f}".replace("-", "−")
-
-
 def entries() -> list[dict]:
     """What each row is made of, from the cells of its reports. Raises InputError when they do not hold what ROWS says."""
     from report import paired_difference, summary
@@ -115,7 +110,7 @@ def entries() -> list[dict]:
                     "digits": digits,
                     "more": more,
                     "n": difference["n"],
-                    "arms": [(of["mean"], of["sd"]) for of in map(summary, arms)],
+                    "arms": [summary(arm) for arm in arms],
                     "mean": difference["mean"],
                     "interval": difference["interval"],
                     "seeds": difference["differences"],
@@ -138,10 +133,11 @@ def verdict(entry: dict) -> str:
 
 def row(entry: dict) -> str:
     """A row of the table in Markdown."""
+    from report import estimate, spread
+
     digits = entry["digits"]
-    a, laplacian = (f"{words(mean, digits)} ± {words(sd, digits)}" for mean, sd in entry["arms"])
-    low, high = entry["interval"]
-    difference = f"**{words(entry['mean'], digits, '+')} ({words(low, digits, '+')} to {words(high, digits, '+')})**: {verdict(entry)}"
+    a, laplacian = (spread(of, digits) for of in entry["arms"])
+    difference = f"**{estimate(entry, f'+.{digits}f')}**: {verdict(entry)}".replace("-", "−")
     difference += ", a hint" if entry["n"] <= 3 else ""  # as compare.py says of so few pairs
     return f"| {entry['question']} | {entry['n']} | {a} | {laplacian} | {difference} | [report]({entry['link']}) |"
 

@@ -46,10 +46,9 @@ def verdict(clean: dict, gains: list[dict]) -> str:
 
 def cell(entry: dict, unit: float, digits: int) -> str:
     """Mean and interval of a paired difference in per cent."""
-    if entry["mean"] is None:
-        return "-"
-    numbers = [f"{unit * value:+.{digits}f}".replace("-", "−") for value in (entry["mean"], *(entry["interval"] or ()))]
-    return f"{numbers[0]} %" + (f" ({numbers[1]} to {numbers[2]})" if entry["interval"] else "")
+    from report import estimate
+
+    return "-" if entry["mean"] is None else estimate(entry, f"+.{digits}f", unit, " %").replace("-", "−")
 
 
 def figures(pair: dict) -> list[str]:

@@ -57,12 +57,12 @@ def table(found: dict[str, dict], baseline: str) -> str:
     """The ratios as Markdown."""
     from tabulate import tabulate
 
+    from report import estimate
+
     rows = []
     for name, entry in found.items():
-        interval = " ({:.2f} to {:.2f})".format(*entry["interval"]) if entry["interval"] else ""
-        mean = "-" if entry["mean"] is None else f"{entry['mean']:.2f}{interval}"
         rows.append([name, len(entry["ratios"]), ", ".join(f"{steps:.0f}" for steps in entry["arm_steps"])])
-        rows[-1] += [", ".join(f"{steps:.0f}" for steps in entry["baseline_steps"]), mean]
+        rows[-1] += [", ".join(f"{steps:.0f}" for steps in entry["baseline_steps"]), estimate(entry, ".2f")]
     headers = ["arm", "pairs", "its steps", f"steps of {baseline}", "ratio"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 

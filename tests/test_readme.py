@@ -56,7 +56,7 @@ def test_a_row_is_what_its_report_says(front_page):
         test = stats.ttest_1samp([b[seed] - a[seed] for seed in a], 0)
         low, high = test.confidence_interval(0.95)
         assert entry["interval"] == pytest.approx([low, high]) and entry["mean"] == pytest.approx((low + high) / 2)
-        assert [mean for mean, _ in entry["arms"]] == pytest.approx([sum(arm.values()) / len(arm) for arm in (a, b)])
+        assert [of["mean"] for of in entry["arms"]] == pytest.approx([sum(arm.values()) / len(arm) for arm in (a, b)])
         better = low > 0 if more else high < 0
         assert front_page["verdict"](entry) == ("better" if better else "undecided" if low <= 0 <= high else "worse")
 
