@@ -14,6 +14,9 @@ from model import GPT, GPTConfig  # noqa: E402
 
 HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU: Triton's interpreter knows no Gluon")
+on_both = pytest.mark.parametrize(
+    "on_gpu", [pytest.param(False, marks=pytest.mark.skipif(HOPPER, reason="for elsewhere")), pytest.param(True, marks=needs_hopper)]
+)
 dtypes = pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
 # whole tiles; many for a multiprocessor; edges in rows, columns and the inner dimension; fewer rows than a tile, one row
 shapes = pytest.mark.parametrize("N, C, M", [(256, 64, 256), (9000, 384, 1536), (200, 72, 264), (71, 40, 136), (5, 16, 64), (1, 8, 8)])
@@ -108,7 +111,7 @@ def test_product_of_three(N, C, M, dtype, rounding):
 
 
 @pytest.mark.parametrize("alpha, lam, heads", [(1.0, 1.0, 0), (1.0, 1.0, 3), (0.5, 1.5, 2)])
-@pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=needs_hopper)])
+@on_both
 def test_a_projection_whose_gradients_are_not_gathered(monkeypatch, alpha, lam, heads, on_gpu):
     """Queries, keys and values of both ways into the same attention and diffusion, and the gradients of float64."""
     if not on_gpu:
@@ -197,21 +200,24 @@ def test_a_network_has_gelu_inside_its_products(monkeypatch):
     assert calls == [True, False]
 
 
-@needs_hopper
-@pytest.mark.parametrize("arm, heads", [({}, 0), ({"diffusion": True}, 2), ({"diffusion": True, "diffusion_heads": 1, "diffusion_alpha": 0.5}, 1)])
-def test_a_network_takes_gradients_ungathered(monkeypatch, arm, heads):
+@pytest.mark.parametrize("arm, heads", [({}, 0), ({"diffusion": True}, 2), ({"diffusion": True, "diffusion_heads": (1,), "diffusion_alpha": 0.5}, 1)])
+@on_both
+def test_a_network_takes_gradients_ungathered(monkeypatch, arm, heads, on_gpu):
     """Over long contexts, in A, A - I and half of the heads; the gradients are those of the gathering passes up to the rounding."""
     torch.manual_seed(2)
-    network, calls = small(block_size=512, n_embd=128, **arm).to(DEVICE), []
-    fused.accelerate(network, torch.bfloat16)
-    assert network.transformer.h[0].attn.diffusing_heads == heads
+    network, calls = small(block_size=300, n_embd=32, **arm).to(DEVICE), []
+    fused.accelerate(network, torch.bfloat16 if on_gpu else torch.float32)
+    if not on_gpu:
+        monkeypatch.setattr(fused, "product_of_three", lambda a, b, c, weight: torch.cat((a, b, c), dim=1) @ weight)
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    assert network.transformer.h[0].attn.diffusing_heads == heads and network.transformer.h[0].attn.ungathered is on_gpu
     kept = fused.product_of_three
     monkeypatch.setattr(fused, "product_of_three", lambda *parts: calls.append(len(parts)) or kept(*parts))
-    idx, gradients = torch.randint(11, (3, 512), device=DEVICE), []
+    idx, gradients = torch.randint(11, (3, 300), device=DEVICE), []
     for ungathered in (True, False):
         network.transformer.h[0].attn.ungathered = ungathered
         network.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=on_gpu):
             network(idx, idx)[1].backward()
         gradients.append([parameter.grad.clone() for parameter in network.parameters()])
     assert calls == [4]
