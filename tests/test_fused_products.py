@@ -9,6 +9,7 @@ CUDA = torch.cuda.is_available()
 from test_fused import DEVICE, close  # noqa: E402
 
 import fused  # noqa: E402
+import fused_attention  # noqa: E402
 import fused_products  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -203,9 +204,10 @@ def test_a_network_has_gelu_inside_its_products(monkeypatch):
 @pytest.mark.parametrize("arm, heads", [({}, 0), ({"diffusion": True}, 2), ({"diffusion": True, "diffusion_heads": (1,), "diffusion_alpha": 0.5}, 1)])
 @on_both
 def test_a_network_takes_gradients_ungathered(monkeypatch, arm, heads, on_gpu):
-    """Over long contexts, in A, A - I and half of the heads; the gradients are those of the gathering passes up to the rounding."""
+    """Where attention is the framework's, in A, A - I and half of the heads; the gradients are those of the gathering passes up to the rounding."""
     torch.manual_seed(2)
-    network, calls = small(block_size=300, n_embd=32, **arm).to(DEVICE), []
+    monkeypatch.setattr(fused_attention, "LONGEST", 0)
+    network, calls = small(block_size=24, n_embd=32, **arm).to(DEVICE), []
     fused.accelerate(network, torch.bfloat16 if on_gpu else torch.float32)
     if not on_gpu:
         monkeypatch.setattr(fused, "product_of_three", lambda a, b, c, weight: torch.cat((a, b, c), dim=1) @ weight)
@@ -213,7 +215,7 @@ def test_a_network_takes_gradients_ungathered(monkeypatch, arm, heads, on_gpu):
     assert network.transformer.h[0].attn.diffusing_heads == heads and network.transformer.h[0].attn.ungathered is on_gpu
     kept = fused.product_of_three
     monkeypatch.setattr(fused, "product_of_three", lambda *parts: calls.append(len(parts)) or kept(*parts))
-    idx, gradients = torch.randint(11, (3, 300), device=DEVICE), []
+    idx, gradients = torch.randint(11, (3, 24), device=DEVICE), []
     for ungathered in (True, False):
         network.transformer.h[0].attn.ungathered = ungathered
         network.zero_grad()
