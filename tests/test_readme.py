@@ -123,53 +123,89 @@ def test_the_words_about_pictures_are_the_committed_reports():
 def across():
     """The comparisons of GPT-2, and the one cell that is in none: arm and rate -> {seed: last loss}."""
     found: dict[str, dict] = {}
-    reports = map(report_of, ("gpt2", "gpt2_own_rates", "gpt2_edge", "gpt2_edge_23"))
+    reports = map(report_of, ("gpt2", "gpt2_own_rates", "gpt2_edge", "gpt2_edge_23", "gpt2_new"))
     cells = [cell for report in reports for arm in report["arms"].values() for cell in arm["cells"]]
     cells.append(json.loads((ROOT / "results" / "gpt2_laplacian_edge" / "seed-1.json").read_text())["result"])
     for cell in cells:
         assert found.setdefault(cell["arm"].removeprefix("gpt2_100m_"), {}).setdefault(cell["seed"], cell["val_loss"]) == cell["val_loss"]
-    assert len(found) == 8 and sum(map(len, found.values())) == len(cells) == 22
+    assert len(found) == 12 and sum(map(len, found.values())) == len(cells) == 46
     return found
 
 
 def paired(a: dict, b: dict) -> tuple[float, float, float]:
-    """Mean and 95 % t interval of b - a over seeds."""
-    assert a.keys() == b.keys()
-    low, high = stats.ttest_1samp([b[seed] - a[seed] for seed in a], 0).confidence_interval(0.95)
+    """Mean and 95 % t interval of b - a over the seeds of b, or of a where those are fewer."""
+    seeds = min(a.keys(), b.keys(), key=len)
+    low, high = stats.ttest_1samp([b[seed] - a[seed] for seed in seeds], 0).confidence_interval(0.95)
     return (low + high) / 2, low, high
 
 
-HALF, ALL = "laplacian_diffusion_heads=6_learning_rate=", "laplacian_learning_rate="
+HALF, ALL, SILENT = "laplacian_diffusion_heads=6_learning_rate=", "laplacian_learning_rate=", "attention_kernel=softmax1_learning_rate="
+FIRST = "laplacian_diffusion_heads=0,12,12,12,12,12,12,12,12,12,12,12_learning_rate="
 
 
 def test_the_table_of_gpt2_by_rate_is_the_committed_reports(across):
     def cell(values):
-        mean = words(sum(values.values()) / len(values))
-        return f"{mean}, seed 1 alone" if list(values) == [1] else f"{mean} ± {stats.tstd(list(values.values())):.4f}"
+        mean, seeds = words(sum(values.values()) / len(values)), sorted(values)
+        return f"{mean} ± {stats.tstd(list(values.values())):.4f} ({seeds[0]}–{seeds[-1]})" if len(seeds) > 1 else f"{mean} ({seeds[0]})"
 
-    def against(arm, rate):
-        a, b = across[f"learning_rate={rate}"], across[arm + rate]
-        return "{} ({} to {})".format(*(words(x, "+") for x in paired(a, b))) if len(b) > 1 else f"{words(b[1] - a[1], '+')}, seed 1 alone"
+    def against(arm, rate, base="learning_rate=", seeds=range(1, 7)):
+        a, b = across[base + rate], {seed: loss for seed, loss in across[arm + rate].items() if seed in seeds}
+        return "{} ({} to {})".format(*(words(x, "+") for x in paired(a, b))) if len(b) > 1 else f"{words(b[1] - a[1], '+')} (1)"
 
     rates = "6e-4", "1.2e-3", "2.4e-3"
-    rows = [["A", *(cell(across[f"learning_rate={rate}"]) for rate in rates)], ["half of the heads", *(cell(across[HALF + rate]) for rate in rates)]]
-    rows += [["A − I in all heads", "", *(cell(across[ALL + rate]) for rate in rates[1:])]]
+    named = {"A": "learning_rate=", "half of the heads": HALF, "A − I in all layers but the first": FIRST, "A − I in all heads": ALL}
+    named["A with softmax1"] = SILENT
+    rows = [[name, *(cell(across[arm + rate]) if arm + rate in across else "" for rate in rates)] for name, arm in named.items()]
     rows += [["half of the heads against A", *(against(HALF, rate) for rate in rates)]]
-    rows += [["A − I against A", "", *(against(ALL, rate) for rate in rates[1:])]]
-    for row in rows:
-        assert re.sub(" +", " ", f"| {' | '.join(row)} |") in RESULTS
-    for arm, rate, sign in ((HALF, "6e-4", -1), (HALF, "1.2e-3", -1), (HALF, "2.4e-3", -1), (ALL, "1.2e-3", 1), (ALL, "2.4e-3", 1)):
+    rows += [["the same on seeds 4 to 6 alone", "", *(against(HALF, rate, seeds=(4, 5, 6)) for rate in rates[1:])]]
+    for name, arm in (("all layers but the first against A", FIRST), ("A − I in all heads against A", ALL), ("softmax1 against A", SILENT)):
+        rows += [[name, "", *(against(arm, rate) for rate in rates[1:])]]
+    table = RESULTS[RESULTS.index("| | 6e-4 | 1.2e-3 | 2.4e-3 |") :].partition("\n\n")[0].splitlines()[2:]
+    assert table == [re.sub(" +", " ", f"| {' | '.join(row)} |") for row in rows]
+    signs = [(HALF, rate, -1) for rate in rates] + [(arm, rate, 1) for arm in (ALL, FIRST) for rate in rates[1:]]
+    for arm, rate, sign in signs:
         assert all(sign * (loss - across[f"learning_rate={rate}"][seed]) > 0 for seed, loss in across[arm + rate].items()), "on every seed"
-    gains = [paired(across[arm + "2.4e-3"], across[arm + "1.2e-3"]) for arm in ("learning_rate=", HALF)]
-    flat = [words(x) for gain in gains for x in gain]
-    assert "for A by {} ({} to {}), which is undecided, and for half of the heads by {} ({} to {}), and is the".format(*flat) in IN_RESULTS
-    assert "2.4e-3, for A by {:.3f} (undecided) and for half of the heads by {:.3f},".format(*(gain[0] for gain in gains)) in IN_README
-    assert gains[0][1] < 0 < gains[1][1]
-    lead = [{seed: loss - across[HALF + rate][seed] for seed, loss in across[f"learning_rate={rate}"].items()} for rate in rates[1:]]
+    crossed = [paired(across[f"learning_rate={a}"], across[HALF + b]) for a, b in (("1.2e-3", "2.4e-3"), ("2.4e-3", "1.2e-3"))]
+    flat = [f"{-x:.4f}" for mean, low, high in crossed for x in (mean, high, low)]
+    sentence = "at 2.4e-3 lead A at 1.2e-3 by {} ({} to {}), and at 1.2e-3 they lead A at 2.4e-3 by {} ({} to {})."
+    assert sentence.format(*flat) in IN_RESULTS
+    mean, low, high = paired(across["learning_rate=2.4e-3"], across["learning_rate=1.2e-3"])
+    assert f"1.2e-3 and 2.4e-3 are level ({mean:.4f}, {words(low)} to {words(high, '+')})" in IN_RESULTS
+    new = {rate: {s: loss for s, loss in across[HALF + rate].items() if s > 3} for rate in rates[1:]}
+    alone = {rate: paired(across[f"learning_rate={rate}"], new[rate]) for rate in new}
+    assert alone["2.4e-3"][2] > 0 > alone["1.2e-3"][2]
+    leads = [across["learning_rate=1.2e-3"][s] - across[HALF + "1.2e-3"][s] for s in (1, 2, 3)]
+    sentence = "the lead of those three, {:.3f}, is less than each of the first three, {:.3f}, {:.3f} and {:.3f},"
+    assert sentence.format(-alone["1.2e-3"][0], *leads) in IN_RESULTS and -alone["1.2e-3"][0] < min(leads)
+    sentence = "no part in choosing the rates it is {:.3f} (undecided) and {:.3f}."
+    assert sentence.format(-alone["2.4e-3"][0], -alone["1.2e-3"][0]) in IN_README
+    silent = [paired(across[SILENT + rate], across[HALF + rate]) for rate in rates[1:]]
+    flat = [words(-x) for mean, low, high in silent for x in (mean, high, low)]
+    assert "lead it by {} ({} to {}) at 1.2e-3 and {} ({} to {}) at 2.4e-3, on every seed.".format(*flat) in IN_RESULTS
+    assert all(across[HALF + rate][s] < across[SILENT + rate][s] for rate in rates[1:] for s in (4, 5, 6))
+    gains = [words(paired(across[f"learning_rate={rate}"], across[SILENT + rate])[0], "+") for rate in rates[1:]]
+    assert "it gains nothing: {} and {}.".format(*gains) in IN_RESULTS
+    behind = paired(across["learning_rate=1.2e-3"], across[FIRST + "1.2e-3"])[0]
+    assert f"still behind A on every seed, by {behind:.4f} at 1.2e-3." in IN_RESULTS
+    assert f"without A − I in its first layer it is behind A by {behind:.3f}, a hint." in IN_README
+    (top,), (two,) = ([cell for arm in report_of(f"gpt2_top_{name}")["arms"].values() for cell in arm["cells"]] for name in ("plain", "two"))
     assert (
-        "smaller at 2.4e-3 than at 1.2e-3 on every seed, by {:.4f}, {:.4f} and {:.4f}.".format(*(lead[0][s] - lead[1][s] for s in (1, 2, 3)))
-        in IN_RESULTS
+        "{:.2f} at step {}, {:.2f} at the end ([seed {}]".format(top["best_val_loss"], top["best_step"], top["val_loss"], top["seed"]) in IN_RESULTS
     )
+    others = [across[arm + "2.4e-3"][two["seed"]] for arm in ("learning_rate=", HALF)]
+    sentence = "heads at 2.4e-3 end at {} on seed {}, where A has {} and half of the heads {} ("
+    assert sentence.format(words(two["val_loss"]), two["seed"], *map(words, others)) in IN_RESULTS
+    log = (ROOT / "results" / "gpt2_top_half" / "seed-4-metrics.jsonl").read_text().splitlines()
+    cut = [json.loads(line) for line in log]
+    seen = {line["step"]: line["val_loss"] for line in cut if line["val_loss"]}
+    same = next(
+        cell
+        for arm in report_of("gpt2_new")["arms"].values()
+        for cell in arm["cells"]
+        if (cell["arm"], cell["seed"]) == (f"gpt2_100m_{HALF}2.4e-3", 4)
+    )
+    sentence = "were cut off at step {}, with {:.3f} at step {} where 2.4e-3 had {:.3f} ("
+    assert sentence.format(cut[-1]["step"], seen[1308], 1308, dict(same["curve"])[1308]) in IN_RESULTS and max(seen) == 1308
     curve = json.loads((ROOT / "results" / "gpt2_laplacian_edge" / "seed-1.json").read_text())["result"]["curve"]
     (step, low), (_, end) = min(curve, key=lambda point: point[1]), curve[-1]
     assert f"it falls to {low:.4f} at step {step} and is {end:.4f} at the end" in IN_RESULTS
@@ -186,8 +222,12 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     assert (a, half) == ("gpt2_100m_learning_rate=6e-4", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=1.2e-3")
     small, large = across["learning_rate=6e-4"], across["learning_rate=1.2e-3"]
     leads = [-paired(across[f"learning_rate={rate}"], across[HALF + rate])[0] for rate in ("2.4e-3", "1.2e-3", "6e-4")]
-    assert "by {:.3f} at 2.4e-3, {:.3f} at 1.2e-3 and {:.3f} at 6e-4, on every seed".format(*leads) in IN_README
-    assert 0.025 < min(leads) and max(leads) < 0.045 and "by 0.03 to 0.04 nats, on each of three seeds at each of three learning rates" in IN_README
+    sentence = (
+        "by {:.3f} at 2.4e-3 and {:.3f} at 1.2e-3, on every one of six seeds (exact sign-flip p = {:.3f} each), and by {:.3f} at 6e-4, on three;"
+    )
+    assert sentence.format(*leads[:2], 2 / 2**6, leads[2]) in IN_README and len(large) == 6
+    assert "0.031 each by the exact sign-flip test" in IN_RESULTS
+    assert all(f"{lead:.2f}" == "0.03" for lead in leads) and "by 0.03 nats, on each of six seeds at each of two learning rates" in IN_README
     behind = paired(large, across[ALL + "1.2e-3"])
     assert f"in all heads ends behind A at 1.2e-3, by {behind[0]:.3f};" in IN_README
     once, gain = -paired(small, across[HALF + "1.2e-3"])[0], paired(large, small)
@@ -195,18 +235,18 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     undecided = paired(small, across[ALL + "1.2e-3"])
     assert "A − I was undecided, {} ({} to {})".format(*(words(x, "+") for x in undecided)) in IN_RESULTS
     assert "A is better at 1.2e-3 by {:.4f} ({:.4f} to {:.4f})".format(*gain) in IN_RESULTS
-    assert "three seeds allow no p below 0.25," in IN_README and len(small) == len(large) == 3
+    assert "six seeds allow no p below 0.031, three none below 0.25;" in IN_README and len(small) == 3
 
     def ratio(entry):
         return "{:.2f} ({:.2f} to {:.2f})".format(entry["mean"], *entry["interval"])
 
-    steps = json.loads((ROOT / "results" / "gpt2_edge" / "steps.json").read_text())
+    steps = json.loads((ROOT / "results" / "gpt2_new" / "steps.json").read_text())
     best = steps[f"gpt2_100m_{HALF}2.4e-3"]
     assert f"at 2.4e-3 they reach A's last loss in {ratio(best)} times fewer steps" in IN_README
     assert f"{ratio(best)} times fewer ([table]" in IN_RESULTS
     assert f"A − I in all heads, at 1.2e-3 against A at 2.4e-3: {ratio(steps[everywhere])}." in IN_RESULTS
     whole = "At 2.4e-3 half of the heads reach A's last loss after {:,.0f} steps on average instead of {:,.0f}:"
-    assert whole.format(*(sum(best[key]) / 3 for key in ("arm_steps", "baseline_steps"))) in IN_RESULTS
+    assert whole.format(*(sum(best[key]) / 6 for key in ("arm_steps", "baseline_steps"))) in IN_RESULTS
     others = [json.loads((ROOT / "results" / name / "steps.json").read_text()) for name in ("imagenet16", "shakespeare_char_own_rate")]
     others.append(json.loads((ROOT / "results" / "shakespeare_char_tuned" / "steps.json").read_text()))
     sentence = "On ImageNet the ratio is {} for A − I, on Shakespeare {} at the same rate and {} at tuned ones."
@@ -248,7 +288,7 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     rates = {name: arm["best_val_loss"]["mean"] for name, arm in report_of("silent_quick_rates")["arms"].items()}
     assert min(rates, key=rates.get).endswith("rate=8e-3") and len(rates) == 4, "no edge"
 
-    spread = [stats.tstd([across[arm + "1.2e-3"][seed] - large[seed] for seed in large]) for arm in (ALL, HALF)]
+    spread = [stats.tstd([loss - large[seed] for seed, loss in across[arm + "1.2e-3"].items()]) for arm in (ALL, HALF)]
     counts = [[seeds(size, sd) for size in SIZES[:3]] for sd in spread]
     sentence = "two arms that differ by 0.02 need {2} paired seeds for a power of 80 %, by 0.01 {1} and by 0.005 {0};"
     assert sentence.format(*counts[0]) in IN_RESULTS and SIZES[:3] == (0.005, 0.01, 0.02)
@@ -258,8 +298,45 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     speed = json.loads((ROOT / "results" / "bench" / "h100_scale_gpt2_1b3.json").read_text())
     hours = 118e6 / speed["rows"][0]["tokens_per_s"] / 3600
     assert f"takes {hours:.2f} hours of an H100" in IN_RESULTS and f"for A with {speed['bench']['batch_size']} sequences a step" in IN_RESULTS
-    assert f"eight pairs and one pass are {16 * hours:.0f} GPU-hours, 54 pairs {108 * hours:.0f}." in IN_RESULTS
-    assert (counts[0][1], counts[1][1]) == (54, 8)
+    assert f"21 pairs and one pass are {42 * hours:.0f} GPU-hours, 54 pairs {108 * hours:.0f}." in IN_RESULTS
+    assert (counts[0][1], counts[1][1]) == (54, 21)
+
+
+def test_the_words_about_trained_weights_are_the_committed_reports():
+    def ends(name):
+        """{(alpha, lambda): losses of the seeds before the first step and after the last}"""
+        report = report_of(name)
+        keys = {arm: (config["diffusion_alpha"], config["diffusion_lambda"]) for arm, config in report["provenance"]["configs"].items()}
+        curves = {keys[arm]: {cell["seed"]: cell["curve"] for cell in of["cells"]} for arm, of in report["arms"].items()}
+        return {key: [{seed: curve[i][1] for seed, curve in some.items()} for i in (0, -1)] for key, some in curves.items()}
+
+    def mean(values):
+        return f"{sum(values.values()) / 5:.4f}"
+
+    def lower(key):
+        difference, low, high = paired(found[0, 1][1], found[key][1])
+        return f"{-difference:.4f} ({-high:.4f} to {-low:.4f})"
+
+    def higher(some, key):
+        return "{:.4f} ({:.4f} to {:.4f})".format(*paired(some[0, 1][1], some[key][1]))
+
+    found, control = ends("pretrained"), ends("alpha_control")
+    start = [mean(found[alpha, 1][0]) for alpha in (0, 0.1, 1)]
+    assert "rises at once, from {} to {} at α = 0.1 and {} at 1.".format(*start) in IN_RESULTS
+    sentence = "it is {} with α = 0, lower by {} at 0.2, {} at 0.3 and {} at 0.4, undecided at 0.1 and 0.5, and higher from 0.6 on, by {} there"
+    assert sentence.format(mean(found[0, 1][1]), *(lower((alpha, 1)) for alpha in (0.2, 0.3, 0.4)), higher(found, (0.6, 1))) in IN_RESULTS
+    assert f"there and by {higher(found, (1, 1))} at 1." in IN_RESULTS
+    intervals = {alpha: paired(found[0, 1][1], found[alpha, 1][1])[1:] for alpha, _ in found if alpha}
+    assert [alpha for alpha, (low, high) in sorted(intervals.items()) if low < 0 < high] == [0.1, 0.5]
+
+    weak = [(0, lam) for lam in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)]
+    assert list(control) == [(0, 1), (0.3, 1), (0.4, 1), *weak]
+    assert f"on every seed, from {higher(control, weak[0])} at 0.9 to {higher(control, weak[-1])} at 0.4" in IN_RESULTS
+    assert all(loss > control[0, 1][1][seed] for key in weak for seed, loss in control[key][1].items())
+    assert f"strongest starts at {mean(control[weak[-1]][0])}, α = 0.4 at {mean(control[0.4, 1][0])}." in IN_RESULTS
+    assert max(weak, key=lambda key: mean(control[key][0])) == weak[-1], "nearest to alpha = 0.4"
+    for key in ((0, 1), (0.3, 1), (0.4, 1)):
+        assert [mean(values) for values in control[key]] == [mean(values) for values in found[key]], "repeated"
 
 
 def test_the_table_of_some_heads_is_the_committed_report():
@@ -393,7 +470,14 @@ def test_the_speed_of_gpus_is_the_committed_benchmarks():
     plain, a, laplacian = (gpt2[arm] for arm in ("plain", "A", "A-I"))
     rates = f"{rate(plain)}, {rate(a)} and {rate(laplacian)} thousand tokens/s"
     memory = "{:.1f}, {:.1f} and {:.1f} GiB".format(*(row["peak_gib"] for row in (plain, a, laplacian)))
-    assert f"| a step of GPT-2 124M (64 × 1024 tokens), GELU inside | {ms(plain)} | {ms(a)} | {ms(laplacian)} | {rates}; {memory} |\n" in SPEED
+    assert f"| a step of GPT-2 124M (64 × 1024 tokens), ungathered | {ms(plain)} | {ms(a)} | {ms(laplacian)} | {rates}; {memory} |\n" in SPEED
+    assert f"A − I costs {100 * (laplacian['ms']['median'] / a['ms']['median'] - 1):.1f} % there." in SPEED
+    alone = rows("h200_train_gpt2_alone")
+    rates = f"{rate(alone['plain'])} and {rate(alone['A'])} thousand tokens/s"
+    assert f"| the same on a host whose other GPUs are idle | {ms(alone['plain'])} | {ms(alone['A'])} | | {rates} |\n" in SPEED
+    shares = [f"{row['ratio']['median']:.3f}" for row in (a, alone["A"], laplacian)]
+    assert "and takes {} ({} in the other run) now, A − I 0.899 and {}.".format(*shares) in re.sub(r"\s+", " ", SPEED)
+    assert f"GPT-2's row, {rate(a)} thousand tokens/s for A," in IN_README
     assert f"| a step of GPT-2 124M (64 × 1024 tokens) | {ms(plain)} | {ms(a)} | {ms(laplacian)} |\n" in README
     more = f"on the embeddings {ms(barrier['A+prior'])}, on the model's own heads {ms(barrier['A+own'])}"
     assert f"| the same with the log-barrier, earlier kernels | | {ms(barrier['A'])} | | {more} |\n" in SPEED
@@ -422,14 +506,11 @@ def test_the_speed_with_gelu_inside_is_the_committed_benchmarks():
     (plain, slow, one), (a, fast, other) = rows("plain_gpt2")
     memory = f"{one['peak_gib']:.1f} and {other['peak_gib']:.1f} GiB"
     assert f"| the same, other runs | {plain} | | {a} | {slow} and {fast} thousand tokens/s; {memory} |\n" in SPEED
-    assert f"inside and outside: GPT-2 {inside} ms against {apart}, `shakespeare_char`" in IN_README
     (a, _, _), (laplacian, _, row) = rows("train_gpt2")
     more = f"A − I {laplacian}, {100 * (row['ratio']['median'] - 1):.1f} % more; {row['peak_gib']:.1f} GiB"
-    assert f"A − I costs {100 * (row['ratio']['median'] - 1):.1f} % there." in IN_README
     assert f"| the same, A against A − I | | | {a} | {more} |\n" in SPEED
     (apart, _, _), (inside, _, _) = rows("inside_shakespeare_char")
     assert f"| a step of `shakespeare_char` (64 × 256 characters) | | {apart} | {inside} | |\n" in SPEED
-    assert f"`shakespeare_char` {inside} against {apart};" in IN_README
     (apart, _, row), (inside, _, _) = rows("inside_imagenet16")
     products = f"matrix products alone {row['kernels_ms']['matrix products']:.2f}"
     assert f"| a step of `imagenet16` (512 pictures) | | {apart} | {inside} | {products} |\n" in SPEED
