@@ -14,7 +14,8 @@ from scipy import stats
 from report import FRONTIER, robustness
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md", ROOT / "studies" / "README.md")
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
 # as they are, for rows of tables and commands, which are lines; and each as one line, for sentences, wrapped anywhere
 README = PAGES["README.md"]
 RESULTS, THEORY, BARRIER, SPEED = (PAGES[f"docs/{name}.md"] for name in ("results", "theory", "barrier", "speed"))
@@ -358,6 +359,11 @@ def test_no_committed_result_names_a_path_of_the_machine_it_was_made_on():
     for path in (ROOT / "results").rglob("*"):
         if path.suffix in (".json", ".md"):
             assert not re.search(r"/(tmp|work|root|home)/", path.read_text(encoding="utf-8")), path
+
+
+def test_every_directory_of_results_is_in_their_list():
+    listed = re.findall(r"\[(\w[^]]*)\]\(\1\)", PAGES["results/README.md"])
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "results").iterdir() if path.is_dir())
 
 
 def test_the_readme_stays_a_first_page():
