@@ -307,8 +307,13 @@ class _Linear(torch.autograd.Function):
 class Linear(nn.Linear):
     """nn.Linear whose product reads `half`, the weight in half precision, which `cast_weights` refreshes."""
 
+    @property
+    def reads_half(self) -> bool:
+        """Under autocast, or where `half` is no less precise."""
+        return torch.is_autocast_enabled("cuda") or self.half.dtype == torch.float32
+
     def forward(self, x):
-        if torch.is_autocast_enabled("cuda") or self.half.dtype == torch.float32:
+        if self.reads_half:
             y = _Linear.apply(x.flatten(0, -2).to(self.half.dtype), self.weight, self.half).unflatten(0, x.shape[:-1])
             return y if self.bias is None else y + self.bias.to(y.dtype)
         return super().forward(x)
@@ -355,7 +360,7 @@ class MLP(model.MLP):
 
     def branch(self, x):
         """(B, T, C) -> (B, T, C)."""
-        if self.inside and torch.is_autocast_enabled("cuda"):
+        if self.inside and self.c_fc.reads_half:
             flat = x.flatten(0, -2).to(self.c_fc.half.dtype)
             y = _MLP.apply(flat, self.c_fc.weight, self.c_fc.half, self.c_proj.weight, self.c_proj.half, torch.is_grad_enabled())
             return y.unflatten(0, x.shape[:-1])
@@ -544,7 +549,7 @@ class Attention(CausalSelfAttention):
     def heads(self, x, tapped: bool):
         """(B, T, C) -> q, k, v (B, H, T, d), where heads diffuse v once more, and with `tapped` all three for the taps."""
         layer, form = self.c_attn, (self.n_head, self.alpha * self.lam, self.diffusing_heads)
-        if self.ungathered and not tapped and torch.is_autocast_enabled("cuda"):
+        if self.ungathered and not tapped and layer.reads_half:
             return _Project.apply(x.to(layer.half.dtype), layer.weight, layer.half, *form)
         qkv = layer(x)
         return _SplitForDiffusion.apply(qkv, *form, tapped) if self.diffusing_heads else _Split.apply(qkv, self.n_head, tapped)

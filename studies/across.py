@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 
 from reports import read_reports, run, write_table
 
@@ -94,19 +93,17 @@ def tables(whole: dict, arms: dict, pairs: dict, folders: list) -> str:
 
     from report import ENDPOINTS, spread, summary
 
-    prefix = os.path.commonprefix(list(arms)).rpartition("_")
-    cut = len("".join(prefix[:2]))  # what all names begin with says nothing
     rows = []
     for name, values in arms.items():
         of = summary(list(values.values()))
         lost = sum("diverged_at" in cell for cell in whole["arms"][name]["cells"])
         n = f"{of['n']}" + (f" (+ {lost} diverged)" if lost else "")
-        rows.append([name[cut:], n, spread(of)])
+        rows.append([name, n, spread(of)])
     text = tabulate(rows, ["arm", "n", ENDPOINTS[whole["endpoint"]][0]], tablefmt="github", disable_numparse=True) + "\n\n"
     rows = []
-    for pair in (pair for pair in pairs.values() if pair["n"]):
+    for name, pair in ((name, pair) for name, pair in pairs.items() if pair["n"]):
         interval = "{:+.4f} to {:+.4f}".format(*pair["interval"]) if pair["interval"] else "-"
-        rows.append([f"{pair['arm'][cut:]} − {pair['baseline'][cut:]}", pair["n"], f"{pair['mean']:+.4f}", interval])
+        rows.append([name, pair["n"], f"{pair['mean']:+.4f}", interval])
     text += tabulate(rows, ["difference", "pairs", "mean", "95 % t interval"], tablefmt="github", disable_numparse=True) + "\n\n" if rows else ""
     if any(pair["n"] == 0 for pair in pairs.values()):
         text += "Arms without a seed that both have finished have no difference. "

@@ -22,13 +22,13 @@ ROWS = [
         ("imagenet16_learning_rate=1e-3", "imagenet16_laplacian_learning_rate=1e-3"),
     ),
     (
-        "Text: GPT-2 124M, 100 M tokens of a corpus of 32 M, mostly film reviews, last validation loss, learning rate 1.2e-3 for both",
+        "Text: GPT-2 124M, 100 M tokens of a corpus of 32 M, mostly film reviews, last validation loss, learning rate 1.2e-3 for both, seeds 1 to 3",
         "GPT-2 124M, all heads, 1.2e-3",
         GPT2,
         ("gpt2_100m_learning_rate=1.2e-3", "gpt2_100m_laplacian_learning_rate=1.2e-3"),
     ),
     (
-        "the same with A − I in **half of the heads**, six of twelve in every layer, at 2.4e-3, the best of three rates for both",
+        "the same with A − I in **half of the heads**, six of twelve in every layer, at 2.4e-3, the best of three rates, for A level with the next",
         "GPT-2 124M, half of the heads, 2.4e-3",
         GPT2,
         ("gpt2_100m_learning_rate=2.4e-3", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=2.4e-3"),

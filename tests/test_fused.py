@@ -342,7 +342,8 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
     torch.library.opcheck(fused.output_loss, (*wide, True), test_utils=checks)
     torch.library.opcheck(fused.output_loss, (*wide, False), test_utils=checks)
     torch.library.opcheck(fused.weight_gradient, (torch.randn(6, 4, device=DEVICE), wide[0]), test_utils=checks)
-    torch.library.opcheck(fused.weight_gradient_of_three, (wide[0], wide[0], wide[0], torch.randn(6, 5, device=DEVICE)), test_utils=checks)
+    four = [torch.randn(6, 4, device=DEVICE).bfloat16() for _ in range(4)]
+    torch.library.opcheck(fused.weight_gradient_of_three, (*four[:3], four[3]), test_utils=checks)
     torch.library.opcheck(fused.table_gradient, (x, torch.randint(4, (2, 3, 5), device=DEVICE), 4), test_utils=checks)
     torch.library.opcheck(fused.keep, (x, 0.5, (3, 4), 0), test_utils=checks)
     qkv = torch.randn(2, 5, 96, device=DEVICE)

@@ -161,15 +161,16 @@ def test_only_hopper_has_it():
 
 
 @pytest.mark.parametrize(
-    "capability, wrong, expected, note",
+    "capability, wrong, wrong_of_three, expected, note",
     [
-        ((9, 0), None, True, None),
-        ((8, 0), None, False, None),
-        ((9, 0), 1.5, False, "its results are wrong"),
-        ((9, 0), "new Gluon", False, "new Gluon"),
+        ((9, 0), None, 1, True, None),
+        ((8, 0), None, 1, False, None),
+        ((9, 0), 1.5, 1, False, "its results are wrong"),
+        ((9, 0), None, 1.5, False, "its results are wrong"),
+        ((9, 0), "new Gluon", 1, False, "new Gluon"),
     ],
 )
-def test_products_that_fail_or_are_wrong_are_not_used(plain, monkeypatch, capsys, capability, wrong, expected, note):
+def test_products_that_fail_or_are_wrong_are_not_used(plain, monkeypatch, capsys, capability, wrong, wrong_of_three, expected, note):
     """A Hopper GPU is pretended, on which the products are right, wrong, or not compiled."""
 
     def product(x, weight, keep):
@@ -181,7 +182,7 @@ def test_products_that_fail_or_are_wrong_are_not_used(plain, monkeypatch, capsys
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(fused_products, "linear_gelu", product)
     monkeypatch.setattr(fused_products, "linear_gelu_backward", lambda dy, weight, h: fused_products.gelu_backward(dy @ weight, h))
-    monkeypatch.setattr(fused_products, "product_of_three", lambda a, b, c, weight: torch.cat((a, b, c), dim=1) @ weight)
+    monkeypatch.setattr(fused_products, "product_of_three", lambda a, b, c, weight: torch.cat((a, b, c), dim=1) @ weight * wrong_of_three)
     assert fused_products._works.__wrapped__(torch.device(DEVICE), torch.float32) is expected
     out = capsys.readouterr().out
     assert out == "" if note is None else note in out and "the products with more in them are not used" in out
@@ -211,7 +212,6 @@ def test_a_network_takes_gradients_ungathered(monkeypatch, arm, heads, on_gpu):
     fused.accelerate(network, torch.bfloat16 if on_gpu else torch.float32)
     if not on_gpu:
         monkeypatch.setattr(fused, "product_of_three", lambda a, b, c, weight: torch.cat((a, b, c), dim=1) @ weight)
-        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     assert network.transformer.h[0].attn.diffusing_heads == heads and network.transformer.h[0].attn.ungathered is on_gpu
     kept = fused.product_of_three
     monkeypatch.setattr(fused, "product_of_three", lambda *parts: calls.append(len(parts)) or kept(*parts))
@@ -223,6 +223,9 @@ def test_a_network_takes_gradients_ungathered(monkeypatch, arm, heads, on_gpu):
             network(idx, idx)[1].backward()
         gradients.append([parameter.grad.clone() for parameter in network.parameters()])
     assert calls == [4]
+    network.transformer.h[0].attn.ungathered, taps = True, []
+    network(idx, idx, taps=taps)
+    assert calls == [4] and [part.shape for part in taps[0]] == [(3, 2, 24, 16)] * 3, "with taps, whose gradients a pass adds, they are gathered"
     for ours, gathered in zip(*gradients):
         close(ours, gathered, 2**-6, 2**-6 * float(gathered.abs().max()))
 

@@ -175,20 +175,30 @@ def test_the_table_of_gpt2_by_rate_is_the_committed_reports(across):
     new = {rate: {s: loss for s, loss in across[HALF + rate].items() if s > 3} for rate in rates[1:]}
     alone = {rate: paired(across[f"learning_rate={rate}"], new[rate]) for rate in new}
     assert alone["2.4e-3"][2] > 0 > alone["1.2e-3"][2]
-    leads = [across["learning_rate=1.2e-3"][s] - across[HALF + "1.2e-3"][s] for s in (1, 2, 3)]
-    sentence = "the lead of those three, {:.3f}, is less than each of the first three, {:.3f}, {:.3f} and {:.3f},"
-    assert sentence.format(-alone["1.2e-3"][0], *leads) in IN_RESULTS and -alone["1.2e-3"][0] < min(leads)
-    sentence = "no part in choosing the rates it is {:.3f} (undecided) and {:.3f}."
-    assert sentence.format(-alone["2.4e-3"][0], -alone["1.2e-3"][0]) in IN_README
+    leads = {rate: [across[f"learning_rate={rate}"][s] - across[HALF + rate][s] for s in range(1, 7)] for rate in rates[1:]}
+    assert max(leads["1.2e-3"][3:]) < min(leads["1.2e-3"][:3]), "less than each of the first three"
+    flat = [f"{lead:.4f}" for lead in leads["1.2e-3"][3:] + leads["1.2e-3"][:3] + leads["2.4e-3"][3:]]
+    sentence = "the leads are {}, {} and {} at 1.2e-3, less than each of the first three ({}, {} and {}), and {}, {} and {} at 2.4e-3,"
+    assert sentence.format(*flat) in IN_RESULTS
+    flat = [f"{lead:.3f}" for lead in leads["1.2e-3"][3:] + leads["2.4e-3"][3:]]
+    assert "the leads are smaller, {}, {} and {} at 1.2e-3, and {}, {} and {} at 2.4e-3, where A does badly".format(*flat) in IN_README
+    groups = [[across[arm + "1.2e-3"][s] for s in seeds] for arm in ("learning_rate=", HALF) for seeds in ((1, 2, 3), (4, 5, 6))]
+    means = [words(sum(group) / 3) for group in groups]
+    sentence = "it has {} ± {:.4f} on seeds 1 to 3 and {} ± {:.4f} on 4 to 6, half of the heads {} and {}."
+    assert sentence.format(means[0], stats.tstd(groups[0]), means[1], stats.tstd(groups[1]), *means[2:]) in IN_RESULTS
     silent = [paired(across[SILENT + rate], across[HALF + rate]) for rate in rates[1:]]
     flat = [words(-x) for mean, low, high in silent for x in (mean, high, low)]
-    assert "lead it by {} ({} to {}) at 1.2e-3 and {} ({} to {}) at 2.4e-3, on every seed.".format(*flat) in IN_RESULTS
+    assert "lead it on every seed, by {} ({} to {}) at 1.2e-3 and {} ({} to {}) at 2.4e-3,".format(*flat) in IN_RESULTS
+    assert sorted(across[SILENT + "2.4e-3"][s] - across[HALF + "2.4e-3"][s] for s in (4, 5, 6))[1] < 0.006
     assert all(across[HALF + rate][s] < across[SILENT + rate][s] for rate in rates[1:] for s in (4, 5, 6))
     gains = [words(paired(across[f"learning_rate={rate}"], across[SILENT + rate])[0], "+") for rate in rates[1:]]
-    assert "it gains nothing: {} and {}.".format(*gains) in IN_RESULTS
-    behind = paired(across["learning_rate=1.2e-3"], across[FIRST + "1.2e-3"])[0]
-    assert f"still behind A on every seed, by {behind:.4f} at 1.2e-3." in IN_RESULTS
-    assert f"without A − I in its first layer it is behind A by {behind:.3f}, a hint." in IN_README
+    assert "That shows no gain, {} and {}, but".format(*gains) in IN_RESULTS
+    behind = [paired(across["learning_rate=1.2e-3"], across[arm + "1.2e-3"])[0] for arm in (FIRST, ALL)]
+    assert "behind A by {:.4f} on seeds 4 to 6 at 1.2e-3, in all heads by {:.4f} on seeds 1 to 3".format(*behind) in IN_RESULTS
+    assert f"with the first layer plain A − I is behind A by {behind[0]:.3f}, a hint." in IN_README
+    flat = [words(x, sign) for x, sign in zip(paired(across["learning_rate=2.4e-3"], across[FIRST + "2.4e-3"]), ("", "", "+"))]
+    all_heads = across[ALL + "2.4e-3"][1] - across["learning_rate=2.4e-3"][1]
+    assert f"where all heads end {all_heads:.2f} behind on one seed, it is {flat[0]} ({flat[1]} to {flat[2]}) on three" in IN_RESULTS
     (top,), (two,) = ([cell for arm in report_of(f"gpt2_top_{name}")["arms"].values() for cell in arm["cells"]] for name in ("plain", "two"))
     assert (
         "{:.2f} at step {}, {:.2f} at the end ([seed {}]".format(top["best_val_loss"], top["best_step"], top["val_loss"], top["seed"]) in IN_RESULTS
@@ -196,6 +206,7 @@ def test_the_table_of_gpt2_by_rate_is_the_committed_reports(across):
     others = [across[arm + "2.4e-3"][two["seed"]] for arm in ("learning_rate=", HALF)]
     sentence = "heads at 2.4e-3 end at {} on seed {}, where A has {} and half of the heads {} ("
     assert sentence.format(words(two["val_loss"]), two["seed"], *map(words, others)) in IN_RESULTS
+    assert f"A at 1.2e-3 has {words(across['learning_rate=1.2e-3'][4])} there." in IN_RESULTS
     log = (ROOT / "results" / "gpt2_top_half" / "seed-4-metrics.jsonl").read_text().splitlines()
     cut = [json.loads(line) for line in log]
     seen = {line["step"]: line["val_loss"] for line in cut if line["val_loss"]}
@@ -223,14 +234,14 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     assert (a, half) == ("gpt2_100m_learning_rate=6e-4", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=1.2e-3")
     small, large = across["learning_rate=6e-4"], across["learning_rate=1.2e-3"]
     leads = [-paired(across[f"learning_rate={rate}"], across[HALF + rate])[0] for rate in ("2.4e-3", "1.2e-3", "6e-4")]
-    sentence = (
-        "by {:.3f} at 2.4e-3 and {:.3f} at 1.2e-3, on every one of six seeds (exact sign-flip p = {:.3f} each), and by {:.3f} at 6e-4, on three;"
-    )
-    assert sentence.format(*leads[:2], 2 / 2**6, leads[2]) in IN_README and len(large) == 6
+    sentence = "by {:.3f} at 2.4e-3 and {:.3f} at 1.2e-3, on every one of six seeds (exact sign-flip p = {:.3f} each);"
+    assert sentence.format(*leads[:2], 2 / 2**6) in IN_README and len(large) == 6
     assert "0.031 each by the exact sign-flip test" in IN_RESULTS
-    assert all(f"{lead:.2f}" == "0.03" for lead in leads) and "by 0.03 nats, on each of six seeds at each of two learning rates" in IN_README
+    assert (
+        all(f"{lead:.2f}" == "0.03" for lead in leads) and "by 0.03 nats on average, on each of six seeds at each of two learning rates" in IN_README
+    )
     behind = paired(large, across[ALL + "1.2e-3"])
-    assert f"in all heads ends behind A at 1.2e-3, by {behind[0]:.3f};" in IN_README
+    assert f"in all heads ends behind A at 1.2e-3, by {behind[0]:.3f}, a hint;" in IN_README
     once, gain = -paired(small, across[HALF + "1.2e-3"])[0], paired(large, small)
     assert f"**A lead of {once:.3f} that was not.**" in RESULTS and f"half of the heads led by {once:.4f}, and" in IN_RESULTS
     undecided = paired(small, across[ALL + "1.2e-3"])
@@ -334,7 +345,15 @@ def test_the_words_about_trained_weights_are_the_committed_reports():
     assert list(control) == [(0, 1), (0.3, 1), (0.4, 1), *weak]
     assert f"on every seed, from {higher(control, weak[0])} at 0.9 to {higher(control, weak[-1])} at 0.4" in IN_RESULTS
     assert all(loss > control[0, 1][1][seed] for key in weak for seed, loss in control[key][1].items())
-    assert f"strongest starts at {mean(control[weak[-1]][0])}, α = 0.4 at {mean(control[0.4, 1][0])}." in IN_RESULTS
+    assert f"But that λ starts at {mean(control[weak[-1]][0])}, α = 0.4 at {mean(control[0.4, 1][0])};" in IN_RESULTS
+    against = paired(control[0, 0.4][1], control[0.4, 1][1])
+    assert "starts nearest to it, 0.4: {} ({} to {}).".format(*map(words, against)) in IN_RESULTS
+    flat = []
+    for alpha, weaker in ((0.2, 0.4), (0.1, 0.6)):
+        difference, low, high = paired(control[0, weaker][1], found[alpha, 1][1])
+        flat += [mean(found[alpha, 1][0]), f"{-difference:.4f} ({-high:.4f} to {-low:.4f})"]
+    sentence = "α = 0.2 ({}) is ahead of λ = 0.4 by {} and α = 0.1 ({}) of λ = 0.6 ({}) by {}, across"
+    assert sentence.format(*flat[:3], mean(control[0, 0.6][0]), flat[3]) in IN_RESULTS
     assert max(weak, key=lambda key: mean(control[key][0])) == weak[-1], "nearest to alpha = 0.4"
     for key in ((0, 1), (0.3, 1), (0.4, 1)):
         assert [mean(values) for values in control[key]] == [mean(values) for values in found[key]], "repeated"
@@ -477,12 +496,21 @@ def test_the_speed_of_gpus_is_the_committed_benchmarks():
     rates = f"{rate(plain)}, {rate(a)} and {rate(laplacian)} thousand tokens/s"
     memory = "{:.1f}, {:.1f} and {:.1f} GiB".format(*(row["peak_gib"] for row in (plain, a, laplacian)))
     assert f"| a step of GPT-2 124M (64 × 1024 tokens), ungathered | {ms(plain)} | {ms(a)} | {ms(laplacian)} | {rates}; {memory} |\n" in SPEED
-    assert f"A − I costs {100 * (laplacian['ms']['median'] / a['ms']['median'] - 1):.1f} % there." in SPEED
+    beside = rows("h200_ungathered_gpt2")["A-I"]["ratio"]["median"]
+    more = [f"{100 * (ratio - 1):.1f} %" for ratio in (laplacian["ratio"]["median"] / a["ratio"]["median"], beside)]
+    in_speed = " ".join(SPEED.split())
+    assert "A − I costs {} more than A in the first ungathered row, {} beside A alone".format(*more) in in_speed
     alone = rows("h200_train_gpt2_alone")
     rates = f"{rate(alone['plain'])} and {rate(alone['A'])} thousand tokens/s"
     assert f"| the same on a host whose other GPUs are idle | {ms(alone['plain'])} | {ms(alone['A'])} | | {rates} |\n" in SPEED
-    shares = [f"{row['ratio']['median']:.3f}" for row in (a, alone["A"], laplacian)]
-    assert "and takes {} ({} in the other run) now, A − I 0.899 and {}.".format(*shares) in re.sub(r"\s+", " ", SPEED)
+    before = rows("h200_gathered_gpt2")
+    extra = 100 * (before["A-I"]["ratio"]["median"] / before["A"]["ratio"]["median"] - 1)
+    sentence = "nanoGPT's way, A and A − I took {}, {} and {} ms, {:.1f} % more,"
+    assert sentence.format(*(ms(before[arm]) for arm in ("plain", "A", "A-I")), extra) in in_speed
+    won = sorted(before["A"]["ms"]["median"] - row["ms"]["median"] for row in (a, alone["A"]))
+    assert "won A {:.1f} to {:.1f} ms".format(*won) in in_speed
+    shares = [f"{row['ratio']['median']:.3f}" for row in (before["A"], a, alone["A"], before["A-I"], laplacian)]
+    assert "Of its time A took {} and takes {} and {}, A − I took {} and takes {}.".format(*shares) in in_speed
     assert f"GPT-2's row, {rate(a)} thousand tokens/s for A," in IN_README
     assert f"| a step of GPT-2 124M (64 × 1024 tokens) | {ms(plain)} | {ms(a)} | {ms(laplacian)} |\n" in README
     more = f"on the embeddings {ms(barrier['A+prior'])}, on the model's own heads {ms(barrier['A+own'])}"

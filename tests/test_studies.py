@@ -468,7 +468,7 @@ def test_arms_of_several_comparisons(tmp_path, capsys):
     )
     more = comparison_of({"all": faster, "half": {"config": {"diffusion": True, "learning_rate": 1.0}, 4: 7.0}})
     assert re.search(r"\| half +\| 2 \(\+ 1 diverged\) \|", text) and "](across.png)" in text
-    assert "Arms without a seed that both have finished have no difference." in text
+    assert "Arms without a seed that both have finished have no difference." in text and "| all − A " not in text
     assert "no pair is of two devices" not in text and found["devices"] == {"d": [1, 2, 3]}
     assert "one: code c, python compare.py" in text and "two: code other, python compare.py" in text and "So few pairs are a hint" in text
     assert (tmp_path / "one" / "across.png").read_bytes().startswith(b"\x89PNG")
@@ -480,6 +480,19 @@ def test_arms_of_several_comparisons(tmp_path, capsys):
     both = across.together([json.loads((tmp_path / "one" / "report.json").read_text()), first])
     said = across.tables(both, across.endpoints(both), {}, [tmp_path, tmp_path])
     assert "The runs are from d on seeds 1, 2, 3 and e on seeds 5, 6, 7; no pair is of two devices." in said
+
+
+@pytest.mark.parametrize("directory", sorted(path.parent.name for path in front_page.RESULTS.glob("*/across.json")))
+def test_the_committed_tables_of_several_comparisons_are_those_of_their_reports(directory):
+    committed = json.loads((front_page.RESULTS / directory / "across.json").read_text())
+    folders = [front_page.RESULTS / name for name in committed["reports"]]
+    whole = across.together([json.loads((folder / "report.json").read_text()) for folder in folders])
+    arms = across.endpoints(whole)
+    pairs = across.differences(arms)
+    assert json.loads(json.dumps({"arms": arms, "pairs": pairs, "devices": whole["devices"]})) == {
+        key: committed[key] for key in ("arms", "pairs", "devices")
+    }
+    assert across.tables(whole, arms, pairs, folders) == (front_page.RESULTS / directory / "across.md").read_text()
 
 
 def test_comparisons_that_do_not_belong_together():
