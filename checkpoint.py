@@ -160,6 +160,8 @@ def read_meta(directory: Path, name: str = "checkpoint.json") -> dict:
             hint = ": no evaluation was better than the one before the first step; --which=last takes the last"
         elif not others and (directory.parent / "result.json").is_file():
             hint = f": {directory.parent} is a finished cell of compare.py, which keeps no weights without --save_checkpoints=True"
+        elif not others and (directory.parent / "cells").is_dir():
+            hint = f": {directory.parent} is a comparison, whose checkpoints, kept with --save_checkpoints=True, are in cells/ARM/seed-N"
         elif not others and (directory.parent / "metrics.jsonl").is_file():
             hint = f": {directory.parent} was stopped before its first; --overwrite=True starts it again"
         raise InputError(f"{directory} holds no checkpoint ({path.name} is missing){hint}") from None

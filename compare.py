@@ -223,10 +223,10 @@ def unlike(made: dict, expected: dict) -> str:
     return f"{key}={made.get(key)}, now it is {expected.get(key)}"
 
 
-def check_out_dir(out_dir: Path, arms: dict[str, TrainConfig], seeds: range):
+def check_out_dir(out_dir: Path, arms: dict[str, TrainConfig], seeds: range, data: dict):
     """Raises InputError where a run of train.py would be in the way, or a report be lost that its directory's cells cannot make again.
 
-    Where the cells are gone, as those of a committed report are, the same comparison may be made again: all its arms, recipes and seeds.
+    Where the cells are gone, as those of a committed report are, the same comparison may be made again: all its arms, recipes, data and seeds.
     """
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"--out_dir={out_dir} is a file: name a directory")
@@ -254,6 +254,8 @@ def check_out_dir(out_dir: Path, arms: dict[str, TrainConfig], seeds: range):
         what = f"other arms, {', '.join(list(recipes)[:2])}" + ", ..." * (len(recipes) > 2)
     elif changed := sorted({key for name, recipe in recipes.items() for key, value in recipe.items() if ours[name].get(key, value) != value}):
         what = f"these arms with other values of {', '.join(changed)}"
+    elif report["provenance"].get("data_sha256", data) != data:
+        what = f"other data ({report['provenance'].get('data', 'unnamed')})"
     elif missing := sorted({seed for _, seed in cells} - set(seeds)):
         what = f"more seeds, {', '.join(map(str, missing[:5]))}"
     else:
@@ -261,16 +263,19 @@ def check_out_dir(out_dir: Path, arms: dict[str, TrainConfig], seeds: range):
     raise InputError(f"--out_dir={out_dir} holds a report of {what}, and not its cells: it would be lost, so name another directory")
 
 
-def interrupted_at(directory: Path, expected: dict, save: bool) -> int | None:
+def interrupted_at(directory: Path, expected: dict, save: bool, kept: bool) -> int | None:
     """The step at which a cell can go on: that of its last/ if it is whole; None for a start from step 0.
 
-    With `save` best/ must be there too, unless no evaluation has beaten the first. Raises InputError for a checkpoint of another run.
+    With `save` best/ must be there too, unless no evaluation has beaten the first. Raises InputError for a checkpoint of another run, and for one
+    of a run whose weights were to be kept, where they are not.
     """
     try:
         meta = checkpoint.readable(directory / "last")
     except InputError:
         return None
     made = meta.get("fingerprint")
+    if isinstance(made, dict) and made.pop("kept", False) and not kept:
+        raise InputError(f"cell {directory} was interrupted with --save_checkpoints=True: give it again, or remove the cell")
     if isinstance(made, dict) and made != expected:
         again = "give the same command to go on, choose another --out_dir, or remove the cell"
         raise InputError(f"cell {directory} was interrupted at step {meta['step']} with {unlike(made, expected)}: {again}")
@@ -282,7 +287,6 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
     """Runs the cells that are not there yet, arms that can share a program do; under torchrun this process's share. Returns results per arm."""
     out_dir = Path(comparison.out_dir)
     seeds = range(comparison.first_seed, comparison.first_seed + comparison.seeds)
-    check_out_dir(out_dir, arms, seeds)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cells = [(name, seed) for name in arms for seed in seeds]
     path = {cell: out_dir / "cells" / cell[0] / f"seed-{cell[1]}" / "result.json" for cell in cells}
@@ -296,19 +300,18 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         check_prior(arms[name], read_meta(arms[name].dataset)[1]["kind"] == "pictures")
         if comparison.endpoint in ("top1", "top5") and read_meta(arms[name].dataset)[1]["kind"] != "pictures":
             raise InputError(f"--endpoint={comparison.endpoint} is for pictures: use best or last for --dataset={arms[name].dataset}")
+    check_out_dir(out_dir, arms, seeds, data[cells[0][0]])
     words = {name: place[name].name().partition(",")[0] for name in arms}
     expected = {(name, seed): fingerprint(of_seed(arms[name], seed), data[name], words[name], comparison.evaluators) for name, seed in cells}
     there = {cell: read_cell(path[cell], expected[cell]) for cell in cells}  # all are checked before any is run
     missing = [cell for cell in cells if there[cell] is None]
     save = comparison.save_checkpoints or bool(comparison.evaluators)
-    onward = {cell: interrupted_at(path[cell].parent, expected[cell], save) for cell in missing}
+    asked = {"kept": True} if comparison.save_checkpoints else {}
+    onward = {cell: interrupted_at(path[cell].parent, expected[cell], save, comparison.save_checkpoints) for cell in missing}
     for cell in cells:
         made = there[cell] is not None and "diverged_at" not in there[cell]
         if comparison.save_checkpoints and made and not (path[cell].parent / "last").is_dir():
             raise InputError(f"cell {path[cell].parent} was made without --save_checkpoints=True: choose another --out_dir or remove it")
-    for cell in missing:
-        if onward[cell] is not None and not save and (path[cell].parent / "best" / "checkpoint.json").is_file():
-            raise InputError(f"cell {path[cell].parent} was interrupted with --save_checkpoints=True: give it again, or remove the cell")
     if rank == 0:
         done = len(cells) - len(missing)
         say(f"data: {read_meta(arms[cells[0][0]].dataset)[1].get('source', 'unnamed')}")
@@ -346,7 +349,7 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
                 start = program._replace(config=dataclasses.replace(program.config, init_from="resume"))
                 say(f"{cell[0]}, seed {cell[1]}: goes on from step {step}")
             try:
-                result = train(start, cell[1], directory, save=save, quiet=True, fingerprint=expected[cell])
+                result = train(start, cell[1], directory, save=save, quiet=True, fingerprint=expected[cell] | asked)
                 late = result.pop("signal")  # in the run's last step or evaluation
                 if comparison.evaluators:
                     if late:  # its checkpoints are there to go on from

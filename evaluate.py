@@ -570,9 +570,10 @@ def earlier_sections(path: Path, now: dict, overwrite: bool) -> dict:
         then, asked = ({"checkpoint": some["checkpoint"]["sha256"], **some["measured"]} for some in (report, now))
         other = [key for key in {**then, **asked} if then.get(key) != asked.get(key)]
     except (OSError, ValueError, KeyError, TypeError):
-        other = ["kind: it is no report of evaluate.py"]
+        then, asked, other = {}, {}, ["kind: it is no report of evaluate.py"]
     if other:
-        raise InputError(f"{path} differs in {', '.join(other)}: --overwrite=True replaces it, --out names another directory")
+        told = [f"{key} ({then.get(key)}, now {asked.get(key)})" if key in then and key in asked and key != "checkpoint" else key for key in other]
+        raise InputError(f"{path} differs in {', '.join(told)}: --overwrite=True replaces it, --out names another directory")
     return {section: values for section, values in report.items() if section not in now}
 
 

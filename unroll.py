@@ -429,17 +429,18 @@ def inference_table(climbs: dict[str, list[list[dict]]], n: int) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
-def replaceable(config: UnrollConfig, out_dir: Path) -> bool:
-    """Whether out_dir holds no report, or one of this very experiment (figures alone are what a killed one has left)."""
+def report_of_another(config: UnrollConfig, out_dir: Path) -> str:
+    """What the report in out_dir is of, in words; empty if there is none or it is of this very experiment (figures alone a killed one has left)."""
     name = "sweep" if config.sweep else "report"
     try:
         theirs = json.loads((out_dir / f"{name}.json").read_text(encoding="utf-8"))["config"]
         ours = json.loads(json.dumps(dataclasses.asdict(config)))
-        return all(theirs.get(key) == value for key, value in ours.items() if key not in ("out_dir", "overwrite", "device"))
+        other = sorted(key for key, value in ours.items() if key not in ("out_dir", "overwrite", "device") and theirs.get(key) != value)
+        return f"other values of {', '.join(other)}" if other else ""
     except FileNotFoundError:
-        return not (out_dir / f"{name}.md").exists()
+        return "something else" if (out_dir / f"{name}.md").exists() else ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        return "something else"
 
 
 def write_report(config: UnrollConfig, report: dict, seconds: float, out_dir: Path):
@@ -498,8 +499,8 @@ def main(config: UnrollConfig):
     began, out_dir = time.perf_counter(), Path(config.out_dir)
     if (out_dir / "metrics.jsonl").exists():
         raise InputError(f"--out_dir={out_dir} holds a run of train.py: name another directory")
-    if not config.overwrite and not replaceable(config, out_dir):
-        raise InputError(f"--out_dir={out_dir} holds a report of something else: --overwrite=True replaces it, or name another directory")
+    if not config.overwrite and (what := report_of_another(config, out_dir)):
+        raise InputError(f"--out_dir={out_dir} holds a report of {what}: --overwrite=True replaces it, or name another directory")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

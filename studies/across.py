@@ -43,8 +43,8 @@ def together(reports: list[dict]) -> dict:
             for name, arm in report["arms"].items():
                 if other := [key for key, value in recipes.setdefault(name, own[name]).items() if own[name][key] != value]:
                     raise InputError(f"arm {name} is in two of the reports with different recipes: {', '.join(other)}")
-                if {cell["seed"] for cell in arm["cells"]} & {cell["seed"] for cell in cells.setdefault(name, [])}:
-                    raise InputError(f"arm {name} is in two of the reports on the same seed")
+                if twice := {cell["seed"] for cell in arm["cells"]} & {cell["seed"] for cell in cells.setdefault(name, [])}:
+                    raise InputError(f"arm {name} is in two of the reports on the same seed, {min(twice)}: leave one of them out")
                 cells[name] += arm["cells"]
                 for seed in sorted(cell["seed"] for cell in arm["cells"]):  # pairs are of one seed, so of one kind of device
                     alike(f"device on seed {seed}", [device_of.setdefault(seed, source["device"]), source["device"]])
@@ -103,12 +103,14 @@ def tables(whole: dict, arms: dict, pairs: dict, folders: list) -> str:
     rows = []
     for name, pair in ((name, pair) for name, pair in pairs.items() if pair["n"]):
         interval = "{:+.4f} to {:+.4f}".format(*pair["interval"]) if pair["interval"] else "-"
-        rows.append([name, pair["n"], f"{pair['mean']:+.4f}", interval])
-    text += tabulate(rows, ["difference", "pairs", "mean", "95 % t interval"], tablefmt="github", disable_numparse=True) + "\n\n" if rows else ""
+        p = "-" if pair["sign_flip_p"] is None else f"{pair['sign_flip_p']:.4f}"
+        rows.append([name, pair["n"], f"{pair['mean']:+.4f}", interval, p])
+    headers = ["difference", "pairs", "mean", "95 % t interval", "sign-flip p"]
+    text += tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n\n" if rows else ""
     if any(pair["n"] == 0 for pair in pairs.values()):
         text += "Arms without a seed that both have finished have no difference. "
     if any(0 < pair["n"] <= 3 for pair in pairs.values()):
-        text += "So few pairs are a hint, not an answer. "
+        text += "A difference of three pairs or fewer is a hint, not an answer. "
     intervals = sum(pair["interval"] is not None for pair in pairs.values())
     text += f"The {intervals} intervals are not corrected for their number." if intervals > 1 else ""
     text += "" if len(set(whole["code"])) == 1 else " The reports are of different versions of the code."

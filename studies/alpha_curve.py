@@ -5,10 +5,9 @@ validation loss before the first step and after the last, mean and standard devi
 the 95 % t interval.
 """
 
-import json
 from pathlib import Path
 
-from reports import read_report, run
+from reports import read_report, run, unlike
 
 from configurator import InputError
 
@@ -17,14 +16,14 @@ ENDS = {"as they are": 0, "after fine-tuning": -1}  # which point of a run's cur
 
 def read_losses(report: dict) -> dict[float, dict[str, list[float]]]:
     """{alpha: {end: losses of the seeds}}, alphas ascending. Raises InputError."""
-    found, others, seeds = {}, set(), set()
+    found, others, seeds = {}, [], set()
     try:
         for name, arm in report["arms"].items():
             if arm["diverged"]:
                 raise InputError(f"arm {name} has runs that diverged: their pairs are lost, lower the rate of fine-tuning")
             config = report["provenance"]["configs"][name]
             alpha = config["diffusion_alpha"]
-            others.add(json.dumps({key: value for key, value in config.items() if key not in ("diffusion_alpha", "out_dir")}, sort_keys=True))
+            others.append({key: value for key, value in config.items() if key not in ("diffusion_alpha", "out_dir")})
             cells = sorted(arm["cells"], key=lambda cell: cell["seed"])  # pairs are of the same seed
             seeds.add(tuple(cell["seed"] for cell in cells))
             found[alpha] = {end: [cell["curve"][at][1] + 0.0 for cell in cells] for end, at in ENDS.items()}
@@ -32,8 +31,8 @@ def read_losses(report: dict) -> dict[float, dict[str, list[float]]]:
             raise ValueError("numbers of seeds")
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         raise InputError("the report is not one of compare.py") from None
-    if len(others) > 1:
-        raise InputError("the arms of the report differ in more than diffusion_alpha: a curve over alpha would mix them up")
+    if keys := unlike(others):
+        raise InputError(f"the arms of the report differ in more than diffusion_alpha, {keys}: a curve over alpha would mix them up")
     if 0 not in found or len(found) < 2:
         raise InputError("no arm of the report has diffusion_alpha=0, or there is no other: nothing to compare with")
     return dict(sorted(found.items()))

@@ -7,11 +7,10 @@ there are such arms. A cell with runs that diverged says how many of how many, a
 of steps or of sequences.
 """
 
-import json
 import math
 from pathlib import Path
 
-from reports import read_report, run, write_table
+from reports import read_report, run, unlike, write_table
 
 from configurator import InputError
 
@@ -24,11 +23,11 @@ def read_cells(report: dict) -> dict[str, dict]:
 
     Raises InputError.
     """
-    cells, others = {}, set()
+    cells, others = {}, []
     try:
         for name, arm in report["arms"].items():
             config = report["provenance"]["configs"][name]
-            others.add(json.dumps({key: value for key, value in config.items() if key not in FREE}, sort_keys=True))
+            others.append({key: value for key, value in config.items() if key not in FREE})
             plain = not config["diffusion"]
             cell = {"lambda": None if plain else config["diffusion_lambda"] + 0.0, "alpha": None if plain else config["diffusion_alpha"] + 0.0}
             cell |= {"rate": config["learning_rate"] + 0.0, "batch": config["batch_size"] * config["gradient_accumulation_steps"]}
@@ -42,8 +41,8 @@ def read_cells(report: dict) -> dict[str, dict]:
             cells[name] = cell | {"diverged": len(arm["cells"]) - len(losses), "runs": len(arm["cells"])}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError("the report is not one of compare.py") from None
-    if len(others) > 1:
-        raise InputError("the arms of the report differ in other keys too: a map would mix them up")
+    if keys := unlike(others):
+        raise InputError(f"the arms of the report differ in other keys too, {keys}: a map would mix them up")
     if all(cell["lambda"] is None for cell in cells.values()):
         raise InputError("no arm of the report has diffusion=True: there is nothing to map")
     if not any(cell["losses"] for cell in cells.values() if cell["alpha"] == 1 and cell["lambda"]):

@@ -28,6 +28,8 @@ def read_reports(arguments: list[str], doc: str, least: int = 1, most: int = 1) 
     for path in (Path(argument) / "report.json" for argument in arguments):
         try:
             found.append((path.parent, json.loads(path.read_text(encoding="utf-8"))))
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{path} is not there: name a directory with a report.json of compare.py") from None
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read ({type(error).__name__})") from None
     return found
@@ -38,23 +40,34 @@ def read_report(arguments: list[str], doc: str) -> tuple[Path, dict]:
     return read_reports(arguments, doc)[0]
 
 
-def write_table(folder: Path, name: str, found: dict, text: str):
-    """FOLDER/NAME.json with `found` and FOLDER/NAME.md with `text`, and says so. The arms are `found`'s keys, or those of its "arms".
+def unlike(recipes: list[dict]) -> str:
+    """The keys, in words, by which recipes differ; empty where they do not."""
+    keys = set().union(*recipes)
+    return ", ".join(sorted(key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)))
 
-    Raises InputError, and writes nothing, where a table is there that has arms which this one lacks.
+
+def runs_of(table: dict) -> set[tuple[str, str]]:
+    """(arm, seed) of a table {arm: {seed: ...}}, with the seeds in the arm's "seeds" or "losses" if it has such, or of one whose "arms" are so."""
+    return {(name, str(seed)) for name, arm in table.get("arms", table).items() for seed in arm.get("seeds", arm.get("losses", arm))}
+
+
+def write_table(folder: Path, name: str, found: dict, text: str):
+    """FOLDER/NAME.json with `found`, as `runs_of` reads it, and FOLDER/NAME.md with `text`, and says so.
+
+    Raises InputError, and writes nothing, where a table is there that has runs which this one lacks.
     """
     from dataset import write_file
 
     path = folder / f"{name}.json"
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        lost = sorted(set(there.get("arms", there)) - set(found.get("arms", found)))
+        lost = sorted(runs_of(json.loads(path.read_text(encoding="utf-8"))) - runs_of(found))
     except FileNotFoundError:
         lost = []
     except (OSError, ValueError, RecursionError, AttributeError, TypeError):
         raise InputError(f"{path} is there and is no table of this script: remove it first") from None
     if lost:
-        raise InputError(f"{path} has {len(lost)} arm(s) that this one lacks, as {lost[0]}: name all directories that it was made from, or remove it")
+        example = "{} on seed {}".format(*lost[0])
+        raise InputError(f"{path} has {len(lost)} run(s) that this one lacks, as {example}: name all directories that it was made from, or remove it")
     write_file(path, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
     write_file(path.with_suffix(".md"), (text.rstrip("\n") + "\n").encode())
     print(text.rstrip("\n"), "", f"{path.with_suffix('.md')}, {path.name}", sep="\n")

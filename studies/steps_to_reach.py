@@ -30,7 +30,7 @@ def reached(curve: list, target: float) -> float:
 
 
 def ratios(report: dict) -> dict[str, dict]:
-    """{arm: `targets`, `baseline_steps`, `arm_steps` and `ratios` of the seeds, and their `mean` and `interval`}. Raises InputError."""
+    """{arm: `seeds`, `targets`, `baseline_steps`, `arm_steps` and `ratios` of the seeds, and their `mean` and `interval`}. Raises InputError."""
     from report import paired_difference
 
     found = {}
@@ -38,14 +38,15 @@ def ratios(report: dict) -> dict[str, dict]:
         baseline, *others = report["arms"].values()
         first = {cell["seed"]: cell["curve"] for cell in baseline["cells"] if "diverged_at" not in cell}
         for name, arm in zip(list(report["arms"])[1:], others):
-            pairs = [(first[cell["seed"]], cell["curve"]) for cell in arm["cells"] if "diverged_at" not in cell and cell["seed"] in first]
+            own = {cell["seed"]: cell["curve"] for cell in arm["cells"] if "diverged_at" not in cell and cell["seed"] in first}
+            pairs = [(first[seed], curve) for seed, curve in own.items()]
             targets = [max(min(loss for _, loss, *_ in curve) for curve in pair) for pair in pairs]
             steps = [[reached(curve, target) for curve in pair] for pair, target in zip(pairs, targets)]
             kept = [all(some) for some in steps]
-            targets, steps = ([one for one, there in zip(some, kept) if there] for some in (targets, steps))
+            seeds, targets, steps = ([one for one, there in zip(some, kept) if there] for some in (own, targets, steps))
             logs = [math.log(a / b) for a, b in steps]
             whole = paired_difference([0.0] * len(logs), logs)
-            found[name] = {"targets": targets, "baseline_steps": [a for a, _ in steps], "arm_steps": [b for _, b in steps]}
+            found[name] = {"seeds": seeds, "targets": targets, "baseline_steps": [a for a, _ in steps], "arm_steps": [b for _, b in steps]}
             found[name] |= {"ratios": [math.exp(log) for log in logs], "mean": None if whole["mean"] is None else math.exp(whole["mean"])}
             found[name]["interval"] = whole["interval"] and [math.exp(end) for end in whole["interval"]]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

@@ -394,13 +394,15 @@ def test_a_cell_whose_best_weights_were_not_kept_starts_again_where_they_are_ask
     assert cell["resumed_at"] is None and cell["best_step"] > 0 and (tmp_path / "cells" / "base" / "seed-1" / "best").is_dir()
 
 
-def test_a_cell_interrupted_with_its_weights_kept_is_not_finished_without(arms, tmp_path, monkeypatch):
-    stopped(monkeypatch, tmp_path, *arms, "--save_checkpoints=True", at=11)
+@pytest.mark.parametrize("step", [2, 11])  # before best/ and after
+def test_a_cell_interrupted_with_its_weights_kept_is_not_finished_without(arms, tmp_path, monkeypatch, step):
+    stopped(monkeypatch, tmp_path, *arms, "--save_checkpoints=True", at=step)
     cell, before = tmp_path / "cells" / "base" / "seed-1", cells_in(tmp_path)
+    assert (cell / "best").is_dir() is (step == 11)
     with pytest.raises(InputError, match=f"cell {cell} was interrupted with --save_checkpoints=True: give it again, or remove the cell"):
         run(tmp_path, *arms, seeds=1)
-    assert cells_in(tmp_path) == before and (cell / "best").is_dir() and (cell / "last").is_dir()
-    assert run(tmp_path, *arms, "--save_checkpoints=True", seeds=1)["arms"]["base"]["cells"][0]["resumed_at"] == 11
+    assert cells_in(tmp_path) == before and (cell / "last").is_dir()
+    assert run(tmp_path, *arms, "--save_checkpoints=True", seeds=1)["arms"]["base"]["cells"][0]["resumed_at"] == step
     assert (cell / "best").is_dir() and (cell / "last").is_dir()
 
 
@@ -674,6 +676,12 @@ def test_a_report_whose_cells_are_gone_may_be_made_again_and_by_nothing_less(und
         ):
             with pytest.raises(InputError, match=message):
                 run(tmp_path, *arguments, seeds=seeds)
+        other = json.loads(before)
+        other["provenance"] |= {"data_sha256": {"train_sha256": "0", "val_sha256": "1"}, "data": "another text"}
+        (tmp_path / "report.json").write_text(json.dumps(other))
+        with pytest.raises(InputError, match=r"holds a report of other data \(another text\), and not its cells"):
+            run(tmp_path, *arms)
+        (tmp_path / "report.json").write_bytes(before)
         with pytest.raises(AssertionError):  # allowed, and would train
             run(tmp_path, *arms, seeds=SEEDS + 1)
     assert (tmp_path / "report.json").read_bytes() == before

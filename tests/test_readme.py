@@ -238,7 +238,7 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     assert sentence.format(*leads[:2], 2 / 2**6) in IN_README and len(large) == 6
     assert "0.031 each by the exact sign-flip test" in IN_RESULTS
     assert (
-        all(f"{lead:.2f}" == "0.03" for lead in leads) and "by 0.03 nats on average, on each of six seeds at each of two learning rates" in IN_README
+        all(f"{lead:.2f}" == "0.03" for lead in leads) and "by 0.03 nats on average, on each of six seeds, three of which chose the rates, at each of two rates." in IN_README
     )
     behind = paired(large, across[ALL + "1.2e-3"])
     assert f"in all heads ends behind A at 1.2e-3, by {behind[0]:.3f}, a hint;" in IN_README
@@ -247,7 +247,7 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     undecided = paired(small, across[ALL + "1.2e-3"])
     assert "A − I was undecided, {} ({} to {})".format(*(words(x, "+") for x in undecided)) in IN_RESULTS
     assert "A is better at 1.2e-3 by {:.4f} ({:.4f} to {:.4f})".format(*gain) in IN_RESULTS
-    assert "six seeds allow no p below 0.031, three none below 0.25;" in IN_README and len(small) == 3
+    assert "six seeds allow no p below 0.031, three none below 0.25." in IN_README and len(small) == 3
 
     def ratio(entry):
         return "{:.2f} ({:.2f} to {:.2f})".format(entry["mean"], *entry["interval"])
@@ -724,7 +724,7 @@ def test_the_words_about_the_map_are_the_committed_report():
     pairs = [loss - cells[None, rate, b]["losses"][s] for (lam, rate, b), c in cells.items() if lam for s, loss in c["losses"].items()]
     count = f"in {sum(pair > 0 for pair in pairs)} pairs of {len(pairs)}"
     assert f"in all {len(behind)} cells with λ > 0, {count}, by {min(behind):.3f} to {max(behind):.3f} a cell," in IN_RESULTS and min(behind) > 0
-    assert f"tried, {count}." in IN_README
+    assert f"it is behind {count}, at every rate, batch size and λ > 0 tried." in IN_README
     small = [[c["loss"] for (lam, r, b), c in cells.items() if lam and (r, b) == at] for at in itertools.product((3e-4, 1e-3), (32, 64, 128))]
     assert f"differ by {max(max(some) - min(some) for some in small):.3f} at most" in IN_RESULTS
     scatter = max(abs(c["losses"]["1"] - c["losses"]["2"]) for (lam, r, b), c in cells.items() if lam and (r, b) == (4e-3, 32))

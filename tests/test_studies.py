@@ -80,7 +80,7 @@ def test_what_cannot_be_mapped(tmp_path):
     for arguments in ([], ["a", "b"], ["--seeds=2"]):
         with pytest.raises(InputError, match="name one directory"):
             lambda_map.main(arguments)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="report.json is not there: name a directory with"):
         lambda_map.main([str(tmp_path)])
     plain = report_of([(None, 1.0, 1e-3, 32, 10, (1.5,))])
     for report, words in (({"arms": {"a": {}}}, "is not one of compare"), ({"arms": {}}, "no arm"), (plain, "no arm"), ([], "is not one of compare")):
@@ -140,7 +140,7 @@ def test_what_is_no_curve(tmp_path):
         (alphas({0.0: [[[0, [None]]]], 1.0: [[[0, 1.0]]]}), "is not one of compare.py"),
         (alphas({1.0: [[[0, 1.0]]]}), "diffusion_alpha=0"),
         ({}, "is not one of compare.py"),
-        (mixed, "differ in more than diffusion_alpha"),
+        (mixed, "differ in more than diffusion_alpha, learning_rate: a curve"),
     ):
         (tmp_path / "report.json").write_text(json.dumps(report))
         with pytest.raises(InputError, match=words):
@@ -470,7 +470,7 @@ def test_arms_of_several_comparisons(tmp_path, capsys):
     assert re.search(r"\| half +\| 2 \(\+ 1 diverged\) \|", text) and "](across.png)" in text
     assert "Arms without a seed that both have finished have no difference." in text and "| all − A " not in text
     assert "no pair is of two devices" not in text and found["devices"] == {"d": [1, 2, 3]}
-    assert "one: code c, python compare.py" in text and "two: code other, python compare.py" in text and "So few pairs are a hint" in text
+    assert "one: code c, python compare.py" in text and "two: code other, python compare.py" in text and "A difference of three pairs or fewer is a hint" in text
     assert (tmp_path / "one" / "across.png").read_bytes().startswith(b"\x89PNG")
     whole = across.together([first, more])
     assert len(set(whole["code"])) == 1 and across.endpoints(whole)["half"] == {1: 1.0, 2: 2.0, 4: 7.0}, "seeds of one arm from two reports"
@@ -559,11 +559,19 @@ def test_a_table_of_more_arms_is_not_written_over(tmp_path):
     both = [str(tmp_path / name) for name in ("one", "two")]
     steps_to_reach.main(both)
     before = (tmp_path / "one" / "steps.json").read_bytes(), (tmp_path / "one" / "steps.md").read_bytes()
-    with pytest.raises(InputError, match=r"steps.json has 1 arm\(s\) that this one lacks, as C: name all directories"):
+    with pytest.raises(InputError, match=r"steps.json has 2 run\(s\) that this one lacks, as C on seed 1: name all directories"):
         steps_to_reach.main(both[:1])
     assert before == ((tmp_path / "one" / "steps.json").read_bytes(), (tmp_path / "one" / "steps.md").read_bytes())
     steps_to_reach.main(both)
-    (tmp_path / "one" / "across.json").write_text("[1]")
+    more = comparison_of({arm: {"config": {}, 5: 2.0, 6: 3.0} for arm in ("A", "B")})
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "report.json").write_text(json.dumps(more))
+    every = [*both, str(tmp_path / "more")]
+    for reader, name in ((steps_to_reach, "steps"), (across, "across")):
+        reader.main(every)
+        with pytest.raises(InputError, match=rf"{name}.json has \d run\(s\) that this one lacks, as ([AB]) on seed 5: name all directories"):
+            reader.main(both)  # no arm less, but seeds
+    (tmp_path / "two" / "across.json").write_text("[1]")
     with pytest.raises(InputError, match="across.json is there and is no table of this script"):
-        across.main(both)
-    assert (tmp_path / "one" / "across.json").read_text() == "[1]" and not (tmp_path / "one" / "across.md").exists()
+        across.main(both[::-1])
+    assert (tmp_path / "two" / "across.json").read_text() == "[1]" and not (tmp_path / "two" / "across.md").exists()

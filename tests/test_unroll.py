@@ -277,17 +277,18 @@ def test_mnist_by_folder_only(prepare, tmp_path):
 def test_a_report_of_something_else_is_never_replaced(tmp_path):
     config = unroll.UnrollConfig(out_dir=str(tmp_path / "out"), n=200)
     out = tmp_path / "out"
-    assert unroll.replaceable(config, out)
+    assert unroll.report_of_another(config, out) == ""
     out.mkdir()
     (out / "latents.png").write_bytes(b"")  # of a killed run
-    assert unroll.replaceable(config, out)
+    assert unroll.report_of_another(config, out) == ""
     (out / "report.md").write_text("mine")
-    assert not unroll.replaceable(config, out)
-    for theirs, same in ((config, True), (dataclasses.replace(config, n=300), False), (dataclasses.replace(config, overwrite=True), True)):
+    assert unroll.report_of_another(config, out) == "something else"
+    longer = dataclasses.replace(config, n=300, steps=config.steps + 1)
+    for theirs, what in ((config, ""), (longer, "other values of n, steps"), (dataclasses.replace(config, overwrite=True), "")):
         (out / "report.json").write_text(json.dumps({"config": dataclasses.asdict(theirs)}))
-        assert unroll.replaceable(config, out) == same
+        assert unroll.report_of_another(config, out) == what
     (out / "report.json").write_text("[]")
-    assert not unroll.replaceable(config, out)
+    assert unroll.report_of_another(config, out) == "something else"
     with pytest.raises(InputError, match="--overwrite=True replaces it"):
         unroll.main(config)
     assert (out / "report.md").read_text() == "mine"
