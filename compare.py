@@ -80,6 +80,8 @@ def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
             raise InputError(f"arm {word!r} cannot be split into words: {error}") from None
         if not files or not all(file.endswith(".py") for file in files):
             raise InputError(f"arm {word!r} does not begin with a config file: CONFIG.py or 'CONFIG.py --key=value'")
+        if outside := [key for key, _ in own if key in ours and key != "out_dir"]:
+            raise InputError(f"--{outside[0]} is for the whole comparison: give it outside the quotes of arm {word!r}")
         for key in ("seed", "out_dir", "overwrite"):
             if key in dict(own + shared):
                 raise InputError(f"--{key} is not for an arm: the comparison has --seeds, --first_seed and an --out_dir of its own")

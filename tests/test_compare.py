@@ -114,6 +114,7 @@ REFUSED = [
     ([BASE_ARM, OTHER, "--eval_iters=4"], "'eval_iters' is not used here: .*--eval_tokens"),
     ([BASE_ARM, OTHER + " --eval_iters=4"], "'eval_iters' is not used here: .*--eval_tokens"),
     ([BASE_ARM, OTHER, "--seed=4"], "--seed is not for an arm: the comparison has --seeds, --first_seed"),
+    ([BASE_ARM, f"{OTHER} --seeds=4"], "--seeds is for the whole comparison: give it outside the quotes of arm"),
     ([BASE_ARM, OTHER, "--init_from=resume"], "--init_from is not an option of a comparison"),
     ([BASE_ARM, OTHER + " --init_from=resume"], "take out init_from='resume'"),
     ([BASE_ARM, OTHER, "--eval_only=True"], "trains every cell"),

@@ -338,7 +338,10 @@ def test_a_report_is_of_one_precision_and_its_figures_are_its_own(runs, tmp_path
     keys = dict(out_dir=str(runs["A"]), eval_tokens=64, device="cpu", out=str(tmp_path))
     evaluate.main(EvaluateConfig(margins=True, **keys))
     before = (tmp_path / "report.json").read_bytes()
-    for changed, what in (({"dtype": "bfloat16"}, "dtype"), ({"eval_tokens": 80, "seed": 2}, "windows, seed")):
+    for changed, what in (
+        ({"dtype": "bfloat16"}, r"dtype \(float32, now bfloat16\)"),
+        ({"eval_tokens": 80, "seed": 2}, r"windows \(.*64, now .*80\), seed \(1, now 2\)"),
+    ):
         with pytest.raises(InputError, match=f"differs in {what}: --overwrite=True"):
             evaluate.main(EvaluateConfig(**(keys | changed)))
     assert (tmp_path / "report.json").read_bytes() == before and (tmp_path / "margins.png").is_file()
