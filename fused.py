@@ -558,8 +558,7 @@ class Attention(CausalSelfAttention):
         """(B, T, C) -> (B, T, C), over short sequences by fused_attention, else by the passes above around the framework's kernel. `taps` as in
         GPT.forward."""
         tapped, (B, T, C), p = taps is not None, x.shape, self.dropout if self.training else 0.0
-        short = fused_attention.applies(T, C // self.n_head) and not tapped
-        if short:
+        if fused_attention.applies(T, C // self.n_head) and not tapped:
             qkv = self.c_attn(x)
             kept = keep(qkv.detach(), p, (B, self.n_head, T, T), 1 + self.layer) if p else None
             form = self.n_head, self.alpha, self.lam, self.diffusing_heads, self.causal
