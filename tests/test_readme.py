@@ -841,3 +841,9 @@ def test_the_words_about_a_longer_small_model_are_the_committed_reports():
         assert pair["best"]["n"] == 4 and pair["best"]["interval"][0] > 0
         found += [words(x, "+") for x in (pair["best"]["mean"], *pair["best"]["interval"])]
     assert "half of the heads are behind A by {} ({} to {}) at 8e-3 and by {} ({} to {}) at 4e-3, on four seeds".format(*found) in IN_RESULTS
+    pairs = json.loads((ROOT / "results" / "heads_quick_long_mixed" / "across.json").read_text())["pairs"].values()
+    found = {(pair["arm"], pair["baseline"]): pair for pair in pairs}
+    mixed = [found[f"quick_laplacian_diffusion_heads=0,2,2,2_learning_rate={rate}", f"quick_learning_rate={rate}"] for rate in ("8e-3", "4e-3")]
+    flat = [words(x, "+") for pair in mixed for x in (pair["mean"], *pair["interval"])]
+    assert "plain half of the heads are behind A by {} ({} to {}) and {} ({} to {}) on the same seeds, both undecided".format(*flat) in IN_RESULTS
+    assert all(pair["interval"][0] < 0 < pair["interval"][1] and pair["n"] == 4 for pair in mixed)
