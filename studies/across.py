@@ -101,10 +101,11 @@ def tables(whole: dict, arms: dict, pairs: dict, folders: list) -> str:
         rows.append([name, n, spread(of)])
     text = tabulate(rows, ["arm", "n", ENDPOINTS[whole["endpoint"]][0]], tablefmt="github", disable_numparse=True) + "\n\n"
     rows = []
-    for name, pair in ((name, pair) for name, pair in pairs.items() if pair["n"]):
+    for name, pair in pairs.items():
         interval = "{:+.4f} to {:+.4f}".format(*pair["interval"]) if pair["interval"] else "-"
         p = "-" if pair["sign_flip_p"] is None else f"{pair['sign_flip_p']:.4f}"
-        rows.append([name, pair["n"], f"{pair['mean']:+.4f}", interval, p])
+        if pair["n"]:
+            rows.append([name, pair["n"], f"{pair['mean']:+.4f}", interval, p])
     headers = ["difference", "pairs", "mean", "95 % t interval", "sign-flip p"]
     text += tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n\n" if rows else ""
     if any(pair["n"] == 0 for pair in pairs.values()):

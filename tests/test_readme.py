@@ -236,7 +236,9 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     leads = [-paired(across[f"learning_rate={rate}"], across[HALF + rate])[0] for rate in ("2.4e-3", "1.2e-3", "6e-4")]
     sentence = "by {:.3f} at 2.4e-3 and {:.3f} at 1.2e-3, on every one of six seeds (exact sign-flip p = {:.3f} each);"
     assert sentence.format(*leads[:2], 2 / 2**6) in IN_README and len(large) == 6
-    assert "0.031 each by the exact sign-flip test" in IN_RESULTS
+    pairs = json.loads((ROOT / "results" / "gpt2_new" / "across.json").read_text())["pairs"]
+    flips = {f"{pairs[f'gpt2_100m_{HALF}{rate} − gpt2_100m_learning_rate={rate}']['sign_flip_p']:.3f}" for rate in ("1.2e-3", "2.4e-3")}
+    assert flips == {"0.031"} and "which is p = 0.031 each by the exact sign-flip test" in IN_RESULTS
     sentence = "by 0.03 nats on average, on each of six seeds, three of which chose the rates, at each of two rates."
     assert all(f"{lead:.2f}" == "0.03" for lead in leads) and sentence in IN_README
     behind = paired(large, across[ALL + "1.2e-3"])
