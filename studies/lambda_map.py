@@ -1,16 +1,17 @@
-"""Heat maps of the lambda study: python studies/lambda_map.py results/lambda_map
+"""Heat maps of the lambda study: python studies/lambda_map.py results/lambda_map [results/...]
 
 Reads report.json of a comparison whose arms differ in diffusion_lambda, diffusion_alpha, learning_rate and batch_size, and writes map.png, map.md
 and map.json beside it: for every batch size the mean best validation loss over seeds by lambda and learning rate of lambda (A - I), below it the
 mean paired difference from A where A was run at that rate and batch size, and the loss by alpha of A - alpha I, at one rate and batch size, where
 there are such arms. A cell with runs that diverged says how many of how many, and its numbers are of the others. All runs must have the same number
-of steps or of sequences.
+of steps or of sequences. Further reports add cells; a difference is from A of the cell's own report, and where A is in two of them the first's loss
+is shown.
 """
 
 import math
 from pathlib import Path
 
-from reports import read_report, run, unlike, write_table
+from reports import read_reports, run, unlike, write_table
 
 from configurator import InputError
 
@@ -18,27 +19,42 @@ FREE = ("diffusion", "diffusion_lambda", "diffusion_alpha", "learning_rate", "ba
 FREE += ("max_iters", "warmup_iters", "eval_interval")  # of a batch size
 
 
-def read_cells(report: dict) -> dict[str, dict]:
-    """{arm: {lambda, alpha (None for A), rate, batch, steps, losses ({seed: best}), loss (mean; nan if all diverged), diverged, runs}}.
+def read_cells(*reports: dict) -> dict[str, dict]:
+    """{arm: {lambda, alpha (None for A), rate, batch, steps, losses ({seed: best}), loss (mean; nan if all diverged), diverged, runs, plain (losses
+    of A of the same rate, batch and report)}}.
 
     Raises InputError.
     """
     cells, others = {}, []
     try:
-        for name, arm in report["arms"].items():
-            config = report["provenance"]["configs"][name]
-            others.append({key: value for key, value in config.items() if key not in FREE})
-            plain = not config["diffusion"]
-            cell = {"lambda": None if plain else config["diffusion_lambda"] + 0.0, "alpha": None if plain else config["diffusion_alpha"] + 0.0}
-            cell |= {"rate": config["learning_rate"] + 0.0, "batch": config["batch_size"] * config["gradient_accumulation_steps"]}
-            same = [other for other, one in cells.items() if all(one[key] == value for key, value in cell.items())]
-            if same:
-                raise InputError(f"arms {same[0]} and {name} have the same lambda, alpha, rate and batch size: a cell of the map has one")
-            losses = {one["seed"]: one["best_val_loss"] + 0.0 for one in arm["cells"] if "diverged_at" not in one}
-            if not all(map(math.isfinite, losses.values())):
-                raise ValueError("a loss that is no number")
-            cell |= {"steps": config["max_iters"], "losses": losses, "loss": sum(losses.values()) / len(losses) if losses else math.nan}
-            cells[name] = cell | {"diverged": len(arm["cells"]) - len(losses), "runs": len(arm["cells"])}
+        for report in reports:
+            own, plain = {}, {}
+            for name, arm in report["arms"].items():
+                config = report["provenance"]["configs"][name]
+                others.append({key: value for key, value in config.items() if key not in FREE})
+                others[-1]["data"] = report["provenance"].get("data_sha256")
+                is_plain = not config["diffusion"]
+                cell = {
+                    "lambda": None if is_plain else config["diffusion_lambda"] + 0.0,
+                    "alpha": None if is_plain else config["diffusion_alpha"] + 0.0,
+                }
+                cell |= {"rate": config["learning_rate"] + 0.0, "batch": config["batch_size"] * config["gradient_accumulation_steps"]}
+                losses = {one["seed"]: one["best_val_loss"] + 0.0 for one in arm["cells"] if "diverged_at" not in one}
+                if not all(map(math.isfinite, losses.values())):
+                    raise ValueError("a loss that is no number")
+                if is_plain:
+                    plain[cell["rate"], cell["batch"]] = losses
+                same = [other for other, one in (cells | own).items() if all(one[key] == value for key, value in cell.items())]
+                if same and is_plain and same[0] not in own:
+                    continue
+                if same:
+                    raise InputError(f"arms {same[0]} and {name} have the same lambda, alpha, rate and batch size: a cell of the map has one")
+                cell |= {"steps": config["max_iters"], "losses": losses, "loss": sum(losses.values()) / len(losses) if losses else math.nan}
+                own[name] = cell | {"diverged": len(arm["cells"]) - len(losses), "runs": len(arm["cells"])}
+            for name, cell in own.items():
+                if name in cells:
+                    raise InputError(f"arm {name} is in two of the reports with different recipes")
+                cells[name] = cell | {"plain": plain.get((cell["rate"], cell["batch"]), {})}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError("the report is not one of compare.py") from None
     if keys := unlike(others):
@@ -56,11 +72,9 @@ def read_cells(report: dict) -> dict[str, dict]:
 
 def against_plain(cells: dict) -> dict[str, float]:
     """{arm of diffusion: mean over the seeds of both of its loss minus A's at the same rate and batch size}, where there is such an A."""
-    plain = {(cell["rate"], cell["batch"]): cell["losses"] for cell in cells.values() if cell["lambda"] is None}
     found = {}
     for name, cell in cells.items():
-        base = plain.get((cell["rate"], cell["batch"]), {})
-        pairs = [cell["losses"][seed] - base[seed] for seed in cell["losses"].keys() & base.keys()]
+        pairs = [cell["losses"][seed] - cell["plain"][seed] for seed in cell["losses"].keys() & cell["plain"].keys()]
         if cell["lambda"] is not None and pairs:
             found[name] = sum(pairs) / len(pairs)
     return found
@@ -170,11 +184,14 @@ def draw(path: Path, cells: dict):
 
 def main(arguments: list[str]):
     """Raises InputError."""
-    folder, report = read_report(arguments, __doc__)
-    cells = read_cells(report)
+    reports = read_reports(arguments, __doc__, 1, 9)
+    folder, cells = reports[0][0], read_cells(*(report for _, report in reports))
     found, difference = {}, against_plain(cells)
     for name, cell in cells.items():
-        found[name] = cell | {"loss": None if math.isnan(cell["loss"]) else cell["loss"], "against_A": difference.get(name)}
+        found[name] = {key: value for key, value in cell.items() if key != "plain"} | {
+            "loss": None if math.isnan(cell["loss"]) else cell["loss"],
+            "against_A": difference.get(name),
+        }
     write_table(folder, "map", found, table(cells))  # first, since it may refuse
     draw(folder / "map.png", cells)
     print(folder / "map.png")

@@ -23,8 +23,20 @@ def load(name):
     return module
 
 
-NAMES = ("lambda_map", "alpha_curve", "map_select", "map_table", "tuned", "front_page", "steps_to_reach", "branches", "seeds_needed", "across")
-lambda_map, alpha_curve, map_select, map_table, tuned, front_page, steps_to_reach, branches, seeds_needed, across = map(load, NAMES)
+NAMES = (
+    "lambda_map",
+    "alpha_curve",
+    "map_select",
+    "map_table",
+    "tuned",
+    "front_page",
+    "steps_to_reach",
+    "branches",
+    "seeds_needed",
+    "across",
+    "scale",
+)
+lambda_map, alpha_curve, map_select, map_table, tuned, front_page, steps_to_reach, branches, seeds_needed, across, scale = map(load, NAMES)
 
 
 def report_of(cells) -> dict:
@@ -49,7 +61,7 @@ def test_a_map_of_every_cell(tmp_path, capsys):
     assert len(found) == len(cells) and {cell["batch"] for cell in found.values()} == {64, 128}
     assert math.isnan(found["arm12"]["loss"]) and (found["arm12"]["diverged"], found["arm12"]["runs"]) == (2, 2)
     one = {"lambda": 2.0, "alpha": 1.0, "rate": 1e-3, "batch": 64, "steps": 100, "losses": {2: 1.8}, "loss": 1.8, "diverged": 1, "runs": 2}
-    assert found["arm13"] == one
+    assert found["arm13"] == one | {"plain": {1: 1.5, 2: 1.7}}
     difference = lambda_map.against_plain(found)
     assert difference["arm4"] == pytest.approx(-0.15) and difference["arm11"] == pytest.approx(0.85)
     assert difference["arm13"] == pytest.approx(0.1)  # of the seed that both have, not of the means
@@ -69,6 +81,34 @@ def test_a_map_of_every_cell(tmp_path, capsys):
     assert (tmp_path / "map.png").read_bytes() == before
 
 
+def test_a_map_of_two_comparisons(tmp_path):
+    """What the second adds is compared with its own A; the first's A is shown."""
+    first = report_of([(None, 1.0, 1e-3, 32, 10, (1.5, 1.6)), (1.0, 1.0, 1e-3, 32, 10, (1.7, 1.7))])
+    second = report_of([(None, 1.0, 1e-3, 32, 10, (1.25, 1.25)), (0.5, 1.0, 1e-3, 32, 10, (1.75, 2.25)), (None, 1.0, 2e-3, 32, 10, (3.0,))])
+    for name in ("arms", "provenance"):
+        arms = second[name] if name == "arms" else second[name]["configs"]
+        arms |= {f"more {arm}": arms.pop(arm) for arm in list(arms)}
+    for folder, report in (("one", first), ("two", second)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "report.json").write_text(json.dumps(report))
+    lambda_map.main([str(tmp_path / "one"), str(tmp_path / "two")])
+    text = (tmp_path / "one" / "map.md").read_text()
+    assert "| 1.5500 | 2.0000 (+0.7500) | 1.7000 (+0.1500) |" in text and "| 3.0000 |" in text
+    assert set(json.loads((tmp_path / "one" / "map.json").read_text())) == {"arm0", "arm1", "more arm1", "more arm2"}
+    second["arms"]["arm1"], second["provenance"]["configs"]["arm1"] = (
+        part.pop("more arm1") for part in (second["arms"], second["provenance"]["configs"])
+    )
+    with pytest.raises(InputError, match="arm arm1 is in two of the reports with different recipes"):
+        lambda_map.read_cells(first, second)
+    with pytest.raises(InputError, match="same lambda, alpha, rate and batch"):
+        lambda_map.read_cells(first, report_of([(None, 1.0, 1e-3, 32, 10, (1.5,)), (1.0, 1.0, 1e-3, 32, 10, (1.7,))]))
+    other = report_of([(None, 1.0, 1e-3, 32, 10, (1.5,)), (2.0, 1.0, 1e-3, 32, 10, (1.7,))])
+    other["arms"]["arm2"], other["provenance"]["configs"]["arm2"] = other["arms"].pop("arm1"), other["provenance"]["configs"].pop("arm1")
+    other["provenance"]["data_sha256"] = {"train": "other"}
+    with pytest.raises(InputError, match="differ in other keys too, data"):
+        lambda_map.read_cells(first, other)
+
+
 def test_a_map_whose_only_differences_are_without_attention(tmp_path):
     cells = [(None, 1.0, 1e-3, 32, 10, (1.5,)), (None, 1.0, 2e-3, 32, 10, (1.5,)), (0.0, 1.0, 1e-3, 32, 10, (2.5,)), (1.0, 1.0, 3e-3, 32, 10, (1.6,))]
     (tmp_path / "report.json").write_text(json.dumps(report_of(cells)))
@@ -77,8 +117,8 @@ def test_a_map_whose_only_differences_are_without_attention(tmp_path):
 
 
 def test_what_cannot_be_mapped(tmp_path):
-    for arguments in ([], ["a", "b"], ["--seeds=2"]):
-        with pytest.raises(InputError, match="name one directory"):
+    for arguments in ([], ["a"] * 10, ["--seeds=2"]):
+        with pytest.raises(InputError, match="name directories with a report.json"):
             lambda_map.main(arguments)
     with pytest.raises(InputError, match="report.json is not there: name a directory with"):
         lambda_map.main([str(tmp_path)])
@@ -576,3 +616,84 @@ def test_a_table_of_more_arms_is_not_written_over(tmp_path):
     with pytest.raises(InputError, match="across.json is there and is no table of this script"):
         across.main(both[::-1])
     assert (tmp_path / "two" / "across.json").read_text() == "[1]" and not (tmp_path / "two" / "across.md").exists()
+
+
+def sized(arms: dict[str, dict], n_layer: int = 1, batch: int = 8, **changes) -> dict:
+    """A comparison of a text model of so many layers; an arm's name ends in its rate."""
+    recipe = {"n_layer": n_layer, "n_head": 4, "n_embd": 8, "vocab_size": 10, "block_size": 4, "batch_size": batch, "bias": False}
+    recipe["gradient_accumulation_steps"] = 16 // batch
+    heads = {"half": [2] * n_layer, "late": [0] * (n_layer - 1) + [4], "quarter": [1] * n_layer, "all": None}
+    configs = {}
+    for name in arms:
+        what, rate = name.split()
+        configs[name] = {"learning_rate": float(rate), "diffusion": what != "A", "diffusion_heads": heads.get(what)}
+    return comparison_of({name: {"config": recipe | configs[name] | changes} | seeds for name, seeds in arms.items()})
+
+
+def test_differences_by_size(tmp_path, capsys):
+    first = {"A 1e-3": {1: 3.0, 2: 3.5}, "half 1e-3": {1: 2.5, 2: 3.25}, "A 2e-3": {1: 4.0, 2: 3.0}, "half 2e-3": {1: 2.0, 2: 2.5}}
+    more = {"A 1e-3": {3: 9.0}, "half 0.001": {3: 8.0}, "all 1e-3": {3: 9.5}}  # one by another name
+    larger = {"A 5e-4": {1: 1.0}, "half 5e-4": {1: 0.5}, "all 5e-4": {1: 2.0}, "quarter 5e-4": {1: 1.0}, "late 5e-4": {1: None}}
+    reports = {"one": sized(first), "two": sized(more), "three": sized(larger, n_layer=3, batch=4)}
+    for name, report in reports.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    scale.main([str(tmp_path / name) for name in reports])
+    found = json.loads((tmp_path / "one" / "scale.json").read_text())
+    assert found["reports"] == list(reports) and len(found["arms"]) == 7
+    means = {(e["parameters"], e["arm"], e["rate"]): e["mean"] for e in found["arms"].values()}
+    small, large = (12 * n * 64 + (10 + 4 + 2 * n + 1) * 8 for n in (1, 3))
+    half = "A − I in half of the heads"
+    assert means == {
+        (small, half, "1e-3"): pytest.approx((-0.5 - 0.25 - 1) / 3),
+        (small, half, "2e-3"): -1.25,
+        (small, half, "best: 1e-3 for A, 2e-3"): -1.0,  # on seeds 1 and 2, which both rates have
+        (small, "A − I", "1e-3"): 0.5,
+        (large, half, "5e-4"): -0.5,
+        (large, "A − I", "5e-4"): 1.0,
+        (large, "A − I in 1/4 of the heads", "5e-4"): 0.0,
+    }
+    text = (tmp_path / "one" / "scale.md").read_text()
+    assert capsys.readouterr().out.startswith(text) and re.search(r"\| A − I in half of the heads +\| 1, 2, 3 +\| 5\.1667", text)
+    assert (tmp_path / "one" / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_rates_are_those_of_most_seeds():
+    one, two, three = ({"A": {s: a for s in seeds}, "half": {s: b for s in seeds}} for seeds, a, b in (((1, 2), 3, 2), ((1, 2), 2, 4), ((1,), 1, 1)))
+    assert scale.at_best({1e-3: one, 2e-3: two, 4e-3: three}, "half") == ("best: 2e-3 for A, 1e-3", {1: 2, 2: 2}, {1: 2, 2: 2})
+    assert scale.at_best({1e-3: one, 4e-3: three}, "half") == ("best: 4e-3 for A, 4e-3", {1: 1}, {1: 1})
+    assert scale.at_best({1e-3: one, 4e-3: {"A": {1: 0}}}, "half") is None and scale.at_best({1e-3: one}, "all") is None
+
+
+def test_weights_are_counted_as_the_model_has_them():
+    from model import GPT, GPTConfig
+
+    recipe = {"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 11, "block_size": 5}
+    assert scale.parameters(recipe) == sum(p.numel() for p in GPT(GPTConfig(**recipe)).parameters())
+
+
+def test_sizes_that_cannot_be_compared():
+    one = sized({"A 1": {1: 1.0}, "half 1": {1: 2.0}})
+    for other, message in [
+        (sized({"A 1": {1: 1.0}}, n_layer=2, max_iters=10), "differ in other keys too, max_iters"),
+        (sized({"A 1": {1: 1.0}}, n_layer=2, gradient_accumulation_steps=1), "differ in other keys too, tokens a step"),
+        (sized({"half 1": {2: 1.0}, "half 1.0": {1: 1.0}}), "two arms of .* diffuse alike at one rate.* both on seed 1"),
+        ({"endpoint": "last"}, "not one of compare.py"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            scale.read_sizes([one, other])
+    mixed = sized({"A 1": {1: 1.0}, "half 1": {1: 2.0}})
+    mixed["provenance"]["configs"]["A 1"]["n_layer"] = 2
+    with pytest.raises(InputError, match="arms of several sizes"):
+        scale.read_sizes([mixed])
+    with pytest.raises(InputError, match="no difference to show"):
+        scale.entries(scale.read_sizes([sized({"half 1": {1: 1.0}}), sized({"A 1": {1: 1.0}}, n_layer=2)]))
+
+
+@pytest.mark.parametrize("directory", sorted(path.parent.name for path in front_page.RESULTS.glob("*/scale.json")))
+def test_the_committed_table_by_size_is_that_of_its_reports(directory):
+    committed = json.loads((front_page.RESULTS / directory / "scale.json").read_text())
+    reports = [json.loads((front_page.RESULTS / name / "report.json").read_text()) for name in committed["reports"]]
+    entries = scale.entries(scale.read_sizes(reports))
+    assert json.loads(json.dumps(entries)) == list(committed["arms"].values())
+    assert scale.table(entries, committed["endpoint"]) == (front_page.RESULTS / directory / "scale.md").read_text()
