@@ -11,7 +11,8 @@ An arm may start from weights, --init_from=PATH in its quotes; {seed} in the pat
 
 A cell is one arm with one seed. Its result is written when its run has finished, so a killed comparison goes on with the others; one that is
 interrupted, by Ctrl-C or SIGTERM, goes on inside its cells. torchrun spreads the cells over its processes. Cells made with other keys, data, code or
-device are refused, never mixed.
+device are refused, never mixed. With --report_only=True nothing is run: all cells are there, copied together from other machines, say; they must be
+of one code, one torch and one kind of device, which the report names.
 
 The rules: the endpoint is named before the runs (--endpoint); every cell is reported; a run that diverges is counted as such and never averaged;
 the interval is the paired t interval (bootstrap intervals are too narrow for ten seeds or fewer); the p value is the exact sign-flip test's, which
@@ -42,6 +43,7 @@ class CompareConfig:
     endpoint: str = "best"  # what the verdict is about: best or last validation loss of a run; top1 or top5 of the last evaluation of pictures
     out_dir: str = ""  # cells, report and figures; empty: out-compare- and the arms' names
     save_checkpoints: bool = False  # keep last/ and best/ of every cell
+    report_only: bool = False  # run nothing: a report of finished cells, also of those that another machine made
     evaluate: str = ""  # perturb, margins or both: examine the best weights of every cell with evaluate.py, on the arm's eval_tokens
 
     def check(self) -> "CompareConfig":
@@ -201,6 +203,17 @@ def given_weights(init_from: str) -> dict:
     return {"init_sha256": hashlib.sha256("".join(file.name + sha256_of(file) for file in files).encode()).hexdigest()}
 
 
+def made_with(path: Path) -> dict:
+    """Code, torch and device of a finished cell, for a report of cells from elsewhere. Raises InputError."""
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        return {key: made[key] + "" for key in ("code", "torch", "device")}
+    except FileNotFoundError:
+        raise InputError(f"--report_only=True: cell {path} is not there; run the comparison without it, or copy the cell") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cell {path} is damaged ({type(error).__name__}): remove it and run the comparison again") from None
+
+
 def read_cell(path: Path, expected: dict) -> dict | None:
     """A finished cell's result, None when there is none yet. Raises InputError for a cell that is damaged or made differently."""
     try:
@@ -285,14 +298,16 @@ def interrupted_at(directory: Path, expected: dict, save: bool, kept: bool) -> i
     return None if lacks_best or made is None else meta["step"]
 
 
-def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[str, list[dict]]:
-    """Runs the cells that are not there yet, arms that can share a program do; under torchrun this process's share. Returns results per arm."""
+def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> tuple[dict[str, list[dict]], dict]:
+    """Runs the cells that are not there yet, arms that can share a program do; under torchrun this process's share. Returns results per arm, and what
+    they were made with: code, torch and device."""
     out_dir = Path(comparison.out_dir)
     seeds = range(comparison.first_seed, comparison.first_seed + comparison.seeds)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cells = [(name, seed) for name in arms for seed in seeds]
     path = {cell: out_dir / "cells" / cell[0] / f"seed-{cell[1]}" / "result.json" for cell in cells}
-    place = {name: find_place(config.device, config.dtype, distributed=False) for name, config in arms.items()}
+    elsewhere = made_with(path[cells[0]]) if comparison.report_only else None
+    place = {} if elsewhere else {name: find_place(config.device, config.dtype, distributed=False) for name, config in arms.items()}
     for dataset in {config.dataset for config in arms.values()}:
         prepare_if_missing(dataset)
     data = {name: data_checksum(config.dataset) for name, config in arms.items()}
@@ -303,10 +318,15 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         if comparison.endpoint in ("top1", "top5") and read_meta(arms[name].dataset)[1]["kind"] != "pictures":
             raise InputError(f"--endpoint={comparison.endpoint} is for pictures: use best or last for --dataset={arms[name].dataset}")
     check_out_dir(out_dir, arms, seeds, data[cells[0][0]])
-    words = {name: place[name].name().partition(",")[0] for name in arms}
+    words = {name: elsewhere["device"] if elsewhere else place[name].name().partition(",")[0] for name in arms}
     expected = {(name, seed): fingerprint(of_seed(arms[name], seed), data[name], words[name], comparison.evaluators) for name, seed in cells}
+    expected = {cell: made | (elsewhere or {}) for cell, made in expected.items()}
     there = {cell: read_cell(path[cell], expected[cell]) for cell in cells}  # all are checked before any is run
     missing = [cell for cell in cells if there[cell] is None]
+    if elsewhere:
+        for cell in missing:
+            made_with(path[cell])  # which refuses
+        return {name: [there[name, seed] for seed in seeds] for name in arms}, elsewhere
     save = comparison.save_checkpoints or bool(comparison.evaluators)
     asked = {"kept": True} if comparison.save_checkpoints else {}
     onward = {cell: interrupted_at(path[cell].parent, expected[cell], save, comparison.save_checkpoints) for cell in missing}
@@ -380,7 +400,8 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> dict[s
         dist.barrier()
         dist.destroy_process_group()
         signal.signal(signal.SIGINT, ours)
-    return {name: [read_cell(path[name, seed], expected[name, seed]) for seed in seeds] for name in arms}
+    results = {name: [read_cell(path[name, seed], expected[name, seed]) for seed in seeds] for name in arms}
+    return results, {"code": code_sha256(), "torch": torch.__version__, "device": place[cells[0][0]].name()}
 
 
 def examine(comparison: CompareConfig, program, directory: Path) -> dict:
@@ -407,8 +428,8 @@ def data_checksum(dataset: str) -> dict:
 # Report
 
 
-def provenance(arms: dict[str, TrainConfig], device: str, source: str, data: dict) -> dict:
-    """What a reader needs to repeat the comparison."""
+def provenance(arms: dict[str, TrainConfig], made: dict, source: str, data: dict) -> dict:
+    """What a reader needs to repeat the comparison. `made`: code, torch and device of the cells."""
 
     def git(*command):
         try:
@@ -416,19 +437,22 @@ def provenance(arms: dict[str, TrainConfig], device: str, source: str, data: dic
         except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
             return None
 
+    here = made["code"] == code_sha256()  # of cells by another version nobody knows its revision
+    words = [word for word in sys.argv[1:] if not re.match(r"--report[_-]only\b", word)]  # of the command that makes the cells
     changes = git("status", "--porcelain", "--untracked-files=no")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
+    versions = {"python": platform.python_version(), "torch": made["torch"], "numpy": np.__version__, "scipy": scipy.__version__}
     return {
-        "command": shlex.join(["python", "compare.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "compare.py", *words]),
+        "report_only": len(words) < len(sys.argv) - 1,
         "processes_of_this_call": int(os.environ.get("WORLD_SIZE", 1)),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": device,
+        "device": made["device"],
         "versions": versions,
         "data": source,
         "data_sha256": data,
-        "git_revision": git("rev-parse", "HEAD"),
-        "git_modified": None if changes is None else bool(changes),
-        "code_sha256": code_sha256(),
+        "git_revision": git("rev-parse", "HEAD") if here else None,
+        "git_modified": None if changes is None or not here else bool(changes),
+        "code_sha256": made["code"],
         "configs": {name: dataclasses.asdict(config) for name, config in arms.items()},
     }
 
@@ -436,7 +460,7 @@ def provenance(arms: dict[str, TrainConfig], device: str, source: str, data: dic
 def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     """Runs what is missing and, in the first process, writes report.md, report.json, curves.png and, of several arms, paired.png."""
     began = time.perf_counter()
-    results = run_cells(comparison, arms)
+    results, made = run_cells(comparison, arms)
     if int(os.environ.get("RANK", 0)) > 0:
         return
     out_dir, first = Path(comparison.out_dir), next(iter(arms.values()))
@@ -447,7 +471,7 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
             f"{key} ({getattr(first, key)} and {getattr(arms[name], key)})" for key in BUDGET if getattr(first, key) != getattr(arms[name], key)
         ]:
             pair["verdict"] += f" The two differ in {', '.join(unequal)}: this is not the arm alone."
-    origin = provenance(arms, find_place(first.device, "auto", distributed=False).name(), source, data_checksum(first.dataset))
+    origin = provenance(arms, made, source, data_checksum(first.dataset))
     origin["seconds_of_this_call"] = round(time.perf_counter() - began, 1)
     text = tables(summaries, pairs)
     figures = {}
@@ -464,8 +488,9 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
     lines += [f"Data: {origin['data']}. Losses on other data are not comparable.", ""]
     processes = origin["processes_of_this_call"]
     how = f" in {processes} processes of torchrun" if processes > 1 else ""
-    made = f"Made by `{origin['command']}`{how} on {origin['device']}, torch {torch.__version__}, finished {origin['finished'][:10]},"
-    lines += [f"Endpoint: {ENDPOINTS[comparison.endpoint][0]}. {made}"]
+    words = f"Made by `{origin['command']}`{how} on {origin['device']}, torch {made['torch']}, finished {origin['finished'][:10]},"
+    words += " from cells that were there," * comparison.report_only
+    lines += [f"Endpoint: {ENDPOINTS[comparison.endpoint][0]}. {words}"]
     revision = f"revision {origin['git_revision'] or 'unknown'}{' with local changes' if origin['git_modified'] else ''}"
     lines += [f"{revision}, code sha256 {origin['code_sha256'][:12]}; configurations and every cell: report.json.", ""]
     write_file(out_dir / "report.md", "\n".join(lines).encode())

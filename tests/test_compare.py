@@ -74,6 +74,53 @@ def refuses_to_train(monkeypatch):
     monkeypatch.setattr(compare, "train", refused)
 
 
+def rewritten(out_dir: Path, change) -> None:
+    """Changes the fingerprint of every cell."""
+    for path in sorted(out_dir.rglob("result.json")):
+        cell = json.loads(path.read_text())
+        change(path, cell["fingerprint"])
+        path.write_text(json.dumps(cell))
+
+
+def test_a_report_of_cells_from_elsewhere(tmp_path, undisturbed, arms, monkeypatch, capsys):
+    """They are refused, unless the report alone is asked for, which then names their torch, code and device."""
+    refuses_to_train(monkeypatch)
+    original, report = undisturbed
+    out_dir = tmp_path / "collected"
+    shutil.copytree(original / "cells", out_dir / "cells")
+    rewritten(out_dir, lambda path, made: made.update(torch="2.11.0+cu130", code="c0de", device="Some GPU"))
+    with pytest.raises(InputError, match="was made with"):
+        run(out_dir, *arms)
+    made = run(out_dir, *arms, "--report_only=True")
+    assert losses(made) == losses(report) and made["pairs"] == report["pairs"]
+    origin = made["provenance"]
+    assert (origin["device"], origin["versions"]["torch"], origin["code_sha256"]) == ("Some GPU", "2.11.0+cu130", "c0de")
+    assert origin["report_only"] and not report["provenance"]["report_only"] and "report_only" not in origin["command"]
+    assert origin["git_revision"] is None and "on Some GPU, torch 2.11.0+cu130" in (out_dir / "report.md").read_text()
+    before = (out_dir / "report.json").read_bytes()
+    rewritten(out_dir, lambda path, made: made.update(device="Another" if path.parent.name == "seed-2" else made["device"]))
+    with pytest.raises(InputError, match="seed-2/result.json was made with device=Another, now it is Some GPU"):
+        run(out_dir, *arms, "--report_only=True")
+    rewritten(out_dir, lambda path, made: made.update(device="Some GPU", learning_rate=5))
+    with pytest.raises(InputError, match="was made with learning_rate=5"):
+        run(out_dir, *arms, "--report_only=True")
+    for damage, message in (
+        (b"{", "is damaged"),
+        (b'{"fingerprint": {"code": 1}}', "is damaged"),
+        (None, "is not there; run the comparison without it"),
+    ):
+        for path in sorted(out_dir.rglob("result.json")):
+            path.unlink() if damage is None else path.write_bytes(damage)
+        with pytest.raises(InputError, match=message):
+            run(out_dir, *arms, "--report_only=True")
+    shutil.rmtree(out_dir / "cells")
+    shutil.copytree(original / "cells", out_dir / "cells")
+    next((out_dir / "cells").rglob("seed-3/result.json")).unlink()
+    with pytest.raises(InputError, match="seed-3/result.json is not there"):
+        run(out_dir, *arms, "--report_only=True")
+    assert (out_dir / "report.json").read_bytes() == before
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The command line
 
