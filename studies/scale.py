@@ -115,7 +115,7 @@ def table(found: list[dict], endpoint: str) -> str:
 
 
 def draw(path: Path, found: list[dict]):
-    """Differences over parameters of the arms that were run at several sizes, one colour for each rate, every seed a point, with mean and interval."""
+    """Differences over parameters, of the arms run at most sizes; one colour for each rate, every seed a point, with mean and interval."""
     import numpy as np
 
     from figures import plt, save_figure
