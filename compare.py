@@ -56,6 +56,8 @@ class CompareConfig:
             raise InputError(f"--endpoint={self.endpoint} must be best or last, or for pictures top1 or top5")
         if not set(self.evaluators) <= {"perturb", "margins"} or len(set(self.evaluators)) < len(self.evaluators):
             raise InputError(f"--evaluate={self.evaluate} must be perturb, margins, or perturb,margins")
+        if self.report_only and self.save_checkpoints:
+            raise InputError("--report_only=True trains nothing, so there is no checkpoint to keep: take out --save_checkpoints=True")
         return self
 
     @property
@@ -116,6 +118,7 @@ if __name__ == "__main__":  # before torch is imported
 import gc
 import itertools
 import json
+import math
 import os
 import platform
 import signal
@@ -204,38 +207,55 @@ def given_weights(init_from: str) -> dict:
 
 
 def made_with(path: Path) -> dict:
-    """Code, torch and device of a finished cell, for a report of cells from elsewhere. Raises InputError."""
+    """Code, torch and device of a finished cell, and the code that examined it, for a report of cells from elsewhere. Raises InputError."""
     try:
         made = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-        return {key: made[key] + "" for key in ("code", "torch", "device")}
-    except FileNotFoundError:
+        return {key: made[key] + "" for key in ("code", "torch", "device", "evaluate_code") if key in made or key != "evaluate_code"}
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"--report_only=True: cell {path} is not there; run the comparison without it, or copy the cell") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cell {path} is damaged ({type(error).__name__}): remove it and run the comparison again") from None
 
 
-def read_cell(path: Path, expected: dict) -> dict | None:
-    """A finished cell's result, None when there is none yet. Raises InputError for a cell that is damaged or made differently."""
+def is_result(result: dict) -> bool:
+    """Whether a cell's result has what a report is made of."""
+    if "diverged_at" in result:
+        return True
+    losses = [result[key] for key in ("best_val_loss", "val_loss")]
+    points = [point[:2] for point in result["curve"]]
+    whole = all(math.isfinite(value) for value in [*losses, *itertools.chain(*points)]) and len(points) > 0
+    return whole and {"best_step", "seconds", "ms", "tokens_per_s"} <= result.keys()
+
+
+def read_cell(path: Path, expected: dict, collected: bool = False) -> dict | None:
+    """A finished cell's result, None when there is none yet. Raises InputError for a cell that is damaged, made differently (`collected`: than the
+    first one) or another one's."""
     try:
         cell = json.loads(path.read_text(encoding="utf-8"))
         made, result = cell["fingerprint"], cell["result"]
-        if not isinstance(made, dict) or not isinstance(result, dict):
+        place = path.parent.parent.name, int(path.parent.name.removeprefix("seed-"))
+        if not isinstance(made, dict) or not isinstance(result, dict) or not is_result(result):
             raise TypeError("fingerprint or result")
-        if "diverged_at" not in result and not {"best_val_loss", "val_loss", "best_step", "seconds", "ms", "tokens_per_s", "curve"} <= result.keys():
-            raise KeyError("result")
+        found = result["arm"], result["seed"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cell {path} is damaged ({type(error).__name__}): remove it and run the comparison again") from None
+    if made != expected and collected:
+        raise InputError(
+            f"--report_only=True: cell {path} was made with {unlike(made, expected, 'another or the command')}: one report is of one kind"
+        )
     if made != expected:
         raise InputError(f"cell {path} was made with {unlike(made, expected)}: choose another --out_dir or remove it")
+    if found != place:
+        raise InputError(f"cell {path} is that of arm {found[0]}, seed {found[1]}: put it where it belongs")
     return result
 
 
-def unlike(made: dict, expected: dict) -> str:
-    """The first key in which two fingerprints differ, in words."""
+def unlike(made: dict, expected: dict, now: str = "") -> str:
+    """The first key in which two fingerprints differ, in words; `now`: whose the second one is, if not today's."""
     key = min(key for key in made.keys() | expected.keys() if made.get(key) != expected.get(key))
-    return f"{key}={made.get(key)}, now it is {expected.get(key)}"
+    return f"{key}={made.get(key)}, {f'{now} with' if now else 'now it is'} {expected.get(key)}"
 
 
 def check_out_dir(out_dir: Path, arms: dict[str, TrainConfig], seeds: range, data: dict):
@@ -263,6 +283,11 @@ def check_out_dir(out_dir: Path, arms: dict[str, TrainConfig], seeds: range, dat
         gone = sorted(report["arms"].keys() - arms.keys())
         if gone and int(os.environ.get("RANK", 0)) == 0:
             say(f"note: the report in {out_dir} will be one without {', '.join(gone)}; what was trained stays in cells/ for a report of all")
+        fewer = sorted({seed for _, seed in cells} - set(seeds))
+        if fewer and int(os.environ.get("RANK", 0)) == 0:
+            say(
+                f"note: the report in {out_dir} will be one without seeds {', '.join(map(str, fewer))}; their runs stay in cells/ for a report of all"
+            )
         return
     ours = {name: json.loads(json.dumps(dataclasses.asdict(config))) for name, config in arms.items()}
     if recipes.keys() != arms.keys():
@@ -321,7 +346,7 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> tuple[
     words = {name: elsewhere["device"] if elsewhere else place[name].name().partition(",")[0] for name in arms}
     expected = {(name, seed): fingerprint(of_seed(arms[name], seed), data[name], words[name], comparison.evaluators) for name, seed in cells}
     expected = {cell: made | (elsewhere or {}) for cell, made in expected.items()}
-    there = {cell: read_cell(path[cell], expected[cell]) for cell in cells}  # all are checked before any is run
+    there = {cell: read_cell(path[cell], expected[cell], comparison.report_only) for cell in cells}  # all are checked before any is run
     missing = [cell for cell in cells if there[cell] is None]
     if elsewhere:
         for cell in missing:
@@ -428,7 +453,7 @@ def data_checksum(dataset: str) -> dict:
 # Report
 
 
-def provenance(arms: dict[str, TrainConfig], made: dict, source: str, data: dict) -> dict:
+def provenance(arms: dict[str, TrainConfig], made: dict, report_only: bool, source: str, data: dict) -> dict:
     """What a reader needs to repeat the comparison. `made`: code, torch and device of the cells."""
 
     def git(*command):
@@ -437,21 +462,25 @@ def provenance(arms: dict[str, TrainConfig], made: dict, source: str, data: dict
         except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
             return None
 
-    here = made["code"] == code_sha256()  # of cells by another version nobody knows its revision
-    words = [word for word in sys.argv[1:] if not re.match(r"--report[_-]only\b", word)]  # of the command that makes the cells
     changes = git("status", "--porcelain", "--untracked-files=no")
-    versions = {"python": platform.python_version(), "torch": made["torch"], "numpy": np.__version__, "scipy": scipy.__version__}
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__}
+    words, asked = [], iter(sys.argv[1:])  # of the command that makes the cells
+    for word in asked:
+        if not re.match(r"--report[_-]only\b", word):
+            words.append(word)
+        elif "=" not in word:
+            next(asked, None)  # its value
     return {
         "command": shlex.join(["python", "compare.py", *words]),
-        "report_only": len(words) < len(sys.argv) - 1,
+        "report_only": report_only,
         "processes_of_this_call": int(os.environ.get("WORLD_SIZE", 1)),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": made["device"],
-        "versions": versions,
+        "versions": {"torch": made["torch"]} | ({"report": versions} if report_only else versions),
         "data": source,
         "data_sha256": data,
-        "git_revision": git("rev-parse", "HEAD") if here else None,
-        "git_modified": None if changes is None or not here else bool(changes),
+        "git_revision": None if report_only else git("rev-parse", "HEAD"),  # of cells from elsewhere nobody knows it
+        "git_modified": None if changes is None or report_only else bool(changes),
         "code_sha256": made["code"],
         "configs": {name: dataclasses.asdict(config) for name, config in arms.items()},
     }
@@ -471,7 +500,7 @@ def main(comparison: CompareConfig, arms: dict[str, TrainConfig]):
             f"{key} ({getattr(first, key)} and {getattr(arms[name], key)})" for key in BUDGET if getattr(first, key) != getattr(arms[name], key)
         ]:
             pair["verdict"] += f" The two differ in {', '.join(unequal)}: this is not the arm alone."
-    origin = provenance(arms, made, source, data_checksum(first.dataset))
+    origin = provenance(arms, made, comparison.report_only, source, data_checksum(first.dataset))
     origin["seconds_of_this_call"] = round(time.perf_counter() - began, 1)
     text = tables(summaries, pairs)
     figures = {}

@@ -28,7 +28,7 @@ ROWS = [
         ("gpt2_100m_learning_rate=1.2e-3", "gpt2_100m_laplacian_learning_rate=1.2e-3"),
     ),
     (
-        "the same with A − I in **half of the heads**, six of twelve in every layer, at 2.4e-3, the best of three rates, for A level with the next",
+        "the same with A − I in **half of the heads**, six of twelve in every layer, at 2.4e-3, its best of three rates; A is as good at 1.2e-3",
         "GPT-2 124M, half of the heads, 2.4e-3",
         GPT2,
         ("gpt2_100m_learning_rate=2.4e-3", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=2.4e-3"),
@@ -52,8 +52,8 @@ ROWS = [
         ("shakespeare_char_learning_rate=4e-3", "shakespeare_char_laplacian_learning_rate=2e-3"),
     ),
     (
-        "the same, each arm at the best of six shorter schedules: 1e-3, 2000 steps for A, 2500 for A − I",
-        "Shakespeare, shorter schedules",
+        "the same, each arm at the best of six schedules of 2500 steps at most: 1e-3, 2000 steps for A, 2500 for A − I",
+        "Shakespeare, 2500 steps at most",
         ("shakespeare_char_in_time",),
         ("shakespeare_char_learning_rate=1e-3_max_iters=2000", "shakespeare_char_laplacian_learning_rate=1e-3_max_iters=2500"),
     ),

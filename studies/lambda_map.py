@@ -115,7 +115,12 @@ def table(cells: dict) -> str:
         if name is None:
             return "-"
         text = words(cells[name], cells[name]["loss"], ".4f", ", ")
-        return text + (f" ({difference[name]:+.4f})" if name in difference else "")
+        return text + (f" ({difference[name]:+.4f}{'*' * other(name)})" if name in difference else "")
+
+    def other(name: str) -> bool:
+        """Whether the difference is from another A than the table's."""
+        plain = maps[cells[name]["batch"]].get((None, cells[name]["rate"]))
+        return plain is not None and cells[plain]["losses"] != cells[name]["plain"]
 
     difference, maps = against_plain(cells), grid(cells)
     columns = sorted({row for arms in maps.values() for row, _ in arms}, key=lambda value: -1 if value is None else value)
@@ -130,7 +135,9 @@ def table(cells: dict) -> str:
         rows = [[f"{cell['alpha']:g}", words(cell, cell["loss"], ".4f", ", ")] for cell in line]
         text += f"\n\nA − α I, rate {line[0]['rate']:g}, batch {line[0]['batch']}:\n\n"
         text += tabulate(rows, ["α", "loss"], tablefmt="github", disable_numparse=True)
-    return text + "\n\nMean best validation loss, in brackets the mean paired difference from A of the same rate and batch size."
+    text += "\n\nMean best validation loss, in brackets the mean paired difference from A of the same rate and batch size."
+    starred = any(other(name) for name in difference if cells[name]["alpha"] == 1)
+    return text + " * from the A of its own report, which is not the one shown." * starred
 
 
 def draw(path: Path, cells: dict):

@@ -50,6 +50,8 @@ def read_sizes(reports: list[dict]) -> dict[int, dict]:
                 fixed = {key: value for key, value in config.items() if key not in FREE and not key.startswith("diffusion")}
                 others.append(fixed | {"tokens a step": config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]})
                 others[-1] |= {"data": report["provenance"]["data_sha256"], "endpoint": report["endpoint"]}
+        if reports[0]["endpoint"] not in ("best", "last"):
+            raise InputError(f"the reports are about {reports[0]['endpoint']}: this table is of the losses of text models")
         if keys := unlike(others):
             raise InputError(f"the reports differ in other keys too, {keys}: sizes are compared by what is otherwise equal")
         found = {}
@@ -61,6 +63,8 @@ def read_sizes(reports: list[dict]) -> dict[int, dict]:
                 if twice := arm.keys() & values.keys():
                     raise InputError(f"two arms of {size:,} parameters diffuse alike at one rate, {kind(configs[name])}, both on seed {min(twice)}")
                 arm |= values
+        if len(found) < 2:
+            raise InputError("the reports are of one size: there is nothing to compare it with")
         return {size: dict(sorted(rates.items())) for size, rates in found.items()}
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"a report is not one of compare.py ({type(error).__name__}: {error})") from None
@@ -77,7 +81,9 @@ def at_best(rates: dict[float, dict], arm: str) -> tuple[str, dict, dict] | None
     if len(some) < 2 or not common:
         return None
     a, b = (min(sorted(some), key=lambda rate: mean(rates[rate][name][seed] for seed in common)) for name in ("A", arm))
-    return f"best: {spelled(a)} for A, {spelled(b)}", *({seed: rates[rate][name][seed] for seed in common} for rate, name in ((a, "A"), (b, arm)))
+    return f"best: {spelled(a)} for A, {spelled(b)} for the arm", *(
+        {seed: rates[rate][name][seed] for seed in common} for rate, name in ((a, "A"), (b, arm))
+    )
 
 
 def entries(sizes: dict[int, dict]) -> list[dict]:
@@ -98,8 +104,8 @@ def entries(sizes: dict[int, dict]) -> list[dict]:
     return found
 
 
-def table(found: list[dict], endpoint: str) -> str:
-    """As Markdown."""
+def table(found: list[dict], reports: list[dict]) -> str:
+    """As Markdown, with what differs between the reports besides."""
     from tabulate import tabulate
 
     from report import ENDPOINTS, estimate, spread
@@ -108,14 +114,17 @@ def table(found: list[dict], endpoint: str) -> str:
     for entry in found:
         size, numbers = f"{entry['parameters'] / 1e6:,.0f} M", (spread(entry["A"]), spread(entry["loss"]), estimate(entry).replace("-", "−"))
         rows.append([size, entry["rate"], entry["arm"], ", ".join(map(str, entry["seeds"])), *numbers])
-    headers = ["parameters", "learning rate", "arm", "seeds", f"A: {ENDPOINTS[endpoint][0]}", "the arm", "difference"]
+    headers = ["parameters", "learning rate", "arm", "seeds", f"A: {ENDPOINTS[reports[0]['endpoint']][0]}", "the arm: the same", "difference"]
     text = tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n\n"
-    text += "A difference of three pairs or fewer is a hint, of one pair less. The intervals are not corrected for their number."
+    text += "A difference of three pairs or fewer is a hint, one of a single pair not even that. The intervals are not corrected for their number."
+    codes, devices = (list(dict.fromkeys(report["provenance"][key] for report in reports)) for key in ("code_sha256", "device"))
+    text += f" All runs are from {' and '.join(devices)}"
+    text += "." if len(codes) == 1 else f", by {len(codes)} versions of the code ({', '.join(code[:8] for code in codes)})."
     return text + "\n\n![by size](scale.png)\n"
 
 
 def draw(path: Path, found: list[dict]):
-    """Differences over parameters, of the arms run at most sizes; one colour for each rate, every seed a point, with mean and interval."""
+    """Differences over parameters, of the arms run at most sizes; rates side by side in colours, every seed a point, with mean and interval."""
     import numpy as np
 
     from figures import plt, save_figure
@@ -131,10 +140,11 @@ def draw(path: Path, found: list[dict]):
         for place, rate in enumerate(rates):
             of_rate = [entry for entry in shown if entry["arm"] == name and entry["rate"] == rate]
             x = np.array([entry["parameters"] for entry in of_rate]) * 1.06 ** (place - (len(rates) - 1) / 2)
-            axes.plot(x, [entry["mean"] for entry in of_rate], "D-", color=f"C{place}", linewidth=1, label=f"rate {rate}")
+            axes.plot(x, [entry["mean"] for entry in of_rate], "D", color=f"C{place}", label=f"rate {rate}")
             for at, entry in zip(x, of_rate):
                 axes.plot(np.full(entry["n"], at), entry["differences"], "o", color=f"C{place}", alpha=0.4, markersize=4)
-                if entry["interval"]:
+                axes.annotate(f"n = {entry['n']}", (at, entry["mean"]), (6, -3), textcoords="offset points", fontsize=7)
+                if entry["n"] > 2:  # of two pairs it would hide the rest
                     axes.plot([at, at], entry["interval"], color=f"C{place}", linewidth=3, alpha=0.5)
         axes.axhline(0, color="black", linestyle="--", linewidth=1)
         sizes = sorted(sizes_of[name])
@@ -143,18 +153,18 @@ def draw(path: Path, found: list[dict]):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
-    all_axes[0][0].set_ylabel("difference from A, nats")
+    all_axes[0][0].set_ylabel("difference from A, nats (below 0: the arm is better)")
     save_figure(path, figure)
 
 
 def main(arguments: list[str]):
     """Raises InputError."""
     reports = read_reports(arguments, __doc__, 2, 9)
-    found = entries(read_sizes([report for _, report in reports]))
-    folder, first = reports[0]
-    contents = {"reports": [folder.name for folder, _ in reports], "endpoint": first["endpoint"]}
+    of = [report for _, report in reports]
+    found, folder = entries(read_sizes(of)), reports[0][0]
+    contents = {"reports": [folder.name for folder, _ in reports], "endpoint": of[0]["endpoint"]}
     contents["arms"] = {f"{e['arm']}, {e['parameters']}, {e['rate']}": e for e in found}
-    write_table(folder, "scale", contents, table(found, first["endpoint"]))
+    write_table(folder, "scale", contents, table(found, of))
     draw(folder / "scale.png", found)
 
 

@@ -74,6 +74,22 @@ def refuses_to_train(monkeypatch):
     monkeypatch.setattr(compare, "train", refused)
 
 
+@pytest.mark.parametrize(
+    "words, command, only",
+    [
+        (["--report_only=True", "--seeds=2"], "python compare.py a.py --seeds=2", True),
+        (["--report-only", "True", "--seeds=2"], "python compare.py a.py --seeds=2", True),
+        (["--seeds=2", "--report_only=False"], "python compare.py a.py --seeds=2", False),
+    ],
+)
+def test_the_recorded_command_makes_the_cells(monkeypatch, words, command, only):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "a.py", *words])
+    origin = compare.provenance({}, {"code": "c", "torch": "t", "device": "d"}, only, "text", {})
+    assert (origin["command"], origin["report_only"], origin["code_sha256"]) == (command, only, "c")
+    assert set(origin["versions"]) == ({"torch", "report"} if only else {"torch", "python", "numpy", "scipy"}) and origin["versions"]["torch"] == "t"
+    assert (origin["git_revision"] is None) or not only
+
+
 def rewritten(out_dir: Path, change) -> None:
     """Changes the fingerprint of every cell."""
     for path in sorted(out_dir.rglob("result.json")):
@@ -99,11 +115,15 @@ def test_a_report_of_cells_from_elsewhere(tmp_path, undisturbed, arms, monkeypat
     assert origin["git_revision"] is None and "on Some GPU, torch 2.11.0+cu130" in (out_dir / "report.md").read_text()
     before = (out_dir / "report.json").read_bytes()
     rewritten(out_dir, lambda path, made: made.update(device="Another" if path.parent.name == "seed-2" else made["device"]))
-    with pytest.raises(InputError, match="seed-2/result.json was made with device=Another, now it is Some GPU"):
+    with pytest.raises(
+        InputError, match="seed-2/result.json was made with device=Another, another or the command with Some GPU: one report is of one"
+    ):
         run(out_dir, *arms, "--report_only=True")
     rewritten(out_dir, lambda path, made: made.update(device="Some GPU", learning_rate=5))
     with pytest.raises(InputError, match="was made with learning_rate=5"):
         run(out_dir, *arms, "--report_only=True")
+    with pytest.raises(InputError, match="take out --save_checkpoints"):
+        parse([*arms, "--report_only=True", "--save_checkpoints=True"])
     for damage, message in (
         (b"{", "is damaged"),
         (b'{"fingerprint": {"code": 1}}', "is damaged"),
@@ -115,6 +135,11 @@ def test_a_report_of_cells_from_elsewhere(tmp_path, undisturbed, arms, monkeypat
             run(out_dir, *arms, "--report_only=True")
     shutil.rmtree(out_dir / "cells")
     shutil.copytree(original / "cells", out_dir / "cells")
+    one, two = ((out_dir / "cells" / "base" / f"seed-{seed}" / "result.json") for seed in (1, 2))
+    two.write_bytes(one.read_bytes())
+    with pytest.raises(InputError, match="seed-2/result.json is that of arm base, seed 1: put it where it belongs"):
+        run(out_dir, *arms, "--report_only=True")
+    two.write_bytes((original / two.relative_to(out_dir)).read_bytes())
     next((out_dir / "cells").rglob("seed-3/result.json")).unlink()
     with pytest.raises(InputError, match="seed-3/result.json is not there"):
         run(out_dir, *arms, "--report_only=True")

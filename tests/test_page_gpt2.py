@@ -204,24 +204,30 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
 
 def test_the_table_by_size_is_the_committed_reports(across):
     committed = json.loads((ROOT / "results" / "gpt2_350m" / "scale.json").read_text())["arms"].values()
-    found = [entry for entry in committed if entry["arm"] == "A − I in half of the heads" and not entry["rate"].startswith("best")]
+    shown = [entry for entry in committed if entry["arm"] == "A − I in half of the heads"]
+    found = [entry for entry in shown if not entry["rate"].startswith("best")]
 
     def spread(of):
         return words(of["mean"]) + ("" if of["sd"] is None else f" ± {of['sd']:.4f}")
 
     rows = []
-    for entry in found:
+    for entry in shown:
         seeds, interval = entry["seeds"], entry["interval"]
         named = f"{seeds[0]}–{seeds[-1]}" if len(seeds) > 2 else ", ".join(map(str, seeds))
         difference = words(entry["mean"], "+") + (" ({} to {})".format(*(words(x, "+") for x in interval)) if interval else "")
         size = f"{entry['parameters'] / 1e6:,.0f} M"
         rows.append(f"| {size} | {entry['rate']} | {named} | {spread(entry['A'])} | {spread(entry['loss'])} | {difference} |")
     table = RESULTS[RESULTS.index("| parameters | rate | seeds |") :].partition("\n\n")[0].splitlines()[2:]
-    assert table == rows and len(rows) == 8
+    assert table == rows and len(rows) == 10 and len(found) == 8
     pairs = [difference for entry in found for difference in entry["differences"]]
-    assert f"Half of the heads are ahead in all {len(pairs)} pairs." in IN_RESULTS and max(pairs) < 0
+    assert (
+        f"Half of the heads are ahead in all {len(pairs)} pairs. Six of these are of larger models; three, those of seed 101 at 124M," in IN_RESULTS
+    )
+    assert max(pairs) < 0 and len([0 for entry in found if entry["parameters"] < 2e8 and 101 in entry["seeds"]]) == 3
     larger = [-difference for entry in found for difference in entry["differences"] if entry["parameters"] > 2e8]
-    assert f"half of the heads lead too, by {min(larger):.2f} to {max(larger):.2f} on a seed or two" in IN_README
+    assert len(larger) == 6 and f"half of the heads lead too, a pair by {min(larger):.2f} to {max(larger):.2f}, but" in IN_README
+    (alone,) = (cell["val_loss"] for name, arm in report_of("gpt2_350m_102")["arms"].items() if "1.2e-3" in name for cell in arm["cells"])
+    assert f"half of the heads at 350M and 1.2e-3 on seed 102, where A has {words(alone)}," in IN_RESULTS
     short = {entry["rate"]: -entry["mean"] for entry in found if entry["parameters"] < 2e8}
     long = {rate: -paired(across[f"learning_rate={rate}"], across[HALF + rate])[0] for rate in short}
     assert all(short[rate] > long[rate] for rate in short), "a lead is larger than at the end"

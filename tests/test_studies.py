@@ -93,7 +93,8 @@ def test_a_map_of_two_comparisons(tmp_path):
         (tmp_path / folder / "report.json").write_text(json.dumps(report))
     lambda_map.main([str(tmp_path / "one"), str(tmp_path / "two")])
     text = (tmp_path / "one" / "map.md").read_text()
-    assert "| 1.5500 | 2.0000 (+0.7500) | 1.7000 (+0.1500) |" in text and "| 3.0000 |" in text
+    assert re.search(r"\| 1.5500 \| 2.0000 \(\+0.7500\*\) \| 1.7000 \(\+0.1500\) +\|", text) and "| 3.0000 |" in text
+    assert "* from the A of its own report, which is not the one shown." in text
     assert set(json.loads((tmp_path / "one" / "map.json").read_text())) == {"arm0", "arm1", "more arm1", "more arm2"}
     second["arms"]["arm1"], second["provenance"]["configs"]["arm1"] = (
         part.pop("more arm1") for part in (second["arms"], second["provenance"]["configs"])
@@ -647,7 +648,7 @@ def test_differences_by_size(tmp_path, capsys):
     assert means == {
         (small, half, "1e-3"): pytest.approx((-0.5 - 0.25 - 1) / 3),
         (small, half, "2e-3"): -1.25,
-        (small, half, "best: 1e-3 for A, 2e-3"): -1.0,  # on seeds 1 and 2, which both rates have
+        (small, half, "best: 1e-3 for A, 2e-3 for the arm"): -1.0,  # on seeds 1 and 2, which both rates have
         (small, "A − I", "1e-3"): 0.5,
         (large, half, "5e-4"): -0.5,
         (large, "A − I", "5e-4"): 1.0,
@@ -660,8 +661,8 @@ def test_differences_by_size(tmp_path, capsys):
 
 def test_the_best_rates_are_those_of_most_seeds():
     one, two, three = ({"A": {s: a for s in seeds}, "half": {s: b for s in seeds}} for seeds, a, b in (((1, 2), 3, 2), ((1, 2), 2, 4), ((1,), 1, 1)))
-    assert scale.at_best({1e-3: one, 2e-3: two, 4e-3: three}, "half") == ("best: 2e-3 for A, 1e-3", {1: 2, 2: 2}, {1: 2, 2: 2})
-    assert scale.at_best({1e-3: one, 4e-3: three}, "half") == ("best: 4e-3 for A, 4e-3", {1: 1}, {1: 1})
+    assert scale.at_best({1e-3: one, 2e-3: two, 4e-3: three}, "half") == ("best: 2e-3 for A, 1e-3 for the arm", {1: 2, 2: 2}, {1: 2, 2: 2})
+    assert scale.at_best({1e-3: one, 4e-3: three}, "half") == ("best: 4e-3 for A, 4e-3 for the arm", {1: 1}, {1: 1})
     assert scale.at_best({1e-3: one, 4e-3: {"A": {1: 0}}}, "half") is None and scale.at_best({1e-3: one}, "all") is None
 
 
@@ -686,6 +687,10 @@ def test_sizes_that_cannot_be_compared():
     mixed["provenance"]["configs"]["A 1"]["n_layer"] = 2
     with pytest.raises(InputError, match="arms of several sizes"):
         scale.read_sizes([mixed])
+    with pytest.raises(InputError, match="are of one size"):
+        scale.read_sizes([one])
+    with pytest.raises(InputError, match="losses of text models"):
+        scale.read_sizes([one | {"endpoint": "top1"}])
     with pytest.raises(InputError, match="no difference to show"):
         scale.entries(scale.read_sizes([sized({"half 1": {1: 1.0}}), sized({"A 1": {1: 1.0}}, n_layer=2)]))
 
@@ -696,4 +701,4 @@ def test_the_committed_table_by_size_is_that_of_its_reports(directory):
     reports = [json.loads((front_page.RESULTS / name / "report.json").read_text()) for name in committed["reports"]]
     entries = scale.entries(scale.read_sizes(reports))
     assert json.loads(json.dumps(entries)) == list(committed["arms"].values())
-    assert scale.table(entries, committed["endpoint"]) == (front_page.RESULTS / directory / "scale.md").read_text()
+    assert scale.table(entries, reports) == (front_page.RESULTS / directory / "scale.md").read_text()
