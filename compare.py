@@ -99,7 +99,9 @@ def parse(arguments: list[str]) -> tuple[CompareConfig, dict[str, TrainConfig]]:
         if "margins" in comparison.evaluators and not arms[name].plain_attention:
             raise InputError(f"arm {name!r}: --evaluate=margins is for attention_kernel=softmax, head_combine=concat and no diffusion_learned")
     if not arms:
-        raise InputError("no arm given: name a config, or several, the first of which is the baseline")
+        raise InputError(
+            "no arm given: name configs, the first of which is the baseline: python compare.py config/quick.py config/quick_laplacian.py"
+        )
     if not comparison.out_dir:
         name = "out-compare-" + "-".join(arms)
         if len(name) > 120:  # a cut name alone would be that of other arms too
@@ -134,7 +136,7 @@ import torch.distributed as dist
 import checkpoint
 import evaluate
 from dataset import ROOT, incomplete, prepare_if_missing, read_meta, sha256_of, write_file
-from place import find_place, say
+from place import find_place, say, warn_if_long
 from report import ENDPOINTS, analyse, draw_curves, draw_frontier, draw_paired, tables, title
 from train import SCHEDULE, Diverged, Interrupted, build, check_prior, rescheduled, train
 
@@ -383,6 +385,8 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> tuple[
         for cell, config in configs.items():
             configs[cell] = dataclasses.replace(config, overwrite=True, always_save_checkpoint=config.always_save_checkpoint and kept)
         program = build(configs[own[0]], place[own[0][0]])
+        steps = sum(configs[cell].max_iters - (onward[cell] or 0) for cell in own)
+        warn_if_long(program.model.flops_per_token() * program.tokens * steps, program.place)
         if program.mode != "eager":
             program.evaluate()  # compiled here, not in the time of the first run of the program
         setup = time.perf_counter() - began_group

@@ -90,6 +90,20 @@ def test_the_recorded_command_makes_the_cells(monkeypatch, words, command, only)
     assert (origin["git_revision"] is None) or not only
 
 
+def test_it_says_how_long_the_runs_take_that_are_not_there(undisturbed, arms, tmp_path, monkeypatch):
+    """Of each program, before its first run; of 12 steps with 8 sequences of 16 tokens."""
+    shutil.copytree(undisturbed[0] / "cells", tmp_path / "cells")
+    for seed in (1, 2):
+        (tmp_path / "cells" / "laplacian" / f"seed-{seed}" / "result.json").unlink()
+    said = []
+    monkeypatch.setattr(compare, "warn_if_long", lambda flops, place: said.append(flops))
+    built = []
+    kept = compare.build
+    monkeypatch.setattr(compare, "build", lambda *arguments: built.append(kept(*arguments)) or built[-1])
+    run(tmp_path, *arms)
+    assert said == [built[0].model.flops_per_token() * 2 * 12 * 8 * 16] and len(built) == 1
+
+
 def rewritten(out_dir: Path, change) -> None:
     """Changes the fingerprint of every cell."""
     for path in sorted(out_dir.rglob("result.json")):
