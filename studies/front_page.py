@@ -12,6 +12,7 @@ from reports import read_report, run
 from configurator import InputError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+HINT = 3  # pairs or fewer: a hint, as compare.py says
 GPT2 = ("gpt2_new", "gpt2_edge", "gpt2_edge_23", "gpt2_own_rates", "gpt2")
 # the question of a row, in the table and short for the figure; the reports' directories; A and A - I in them, on the seeds of A - I
 ROWS = [
@@ -139,7 +140,7 @@ def row(entry: dict) -> str:
     digits = entry["digits"]
     a, laplacian = (spread(of, digits) for of in entry["arms"])
     difference = f"**{estimate(entry, f'+.{digits}f')}**: {verdict(entry)}".replace("-", "−")
-    difference += ", a hint" if entry["n"] <= 3 else ""  # as compare.py says of so few pairs
+    difference += ", a hint" * (entry["n"] <= HINT)
     return f"| {entry['question']} | {entry['n']} | {a} | {laplacian} | {difference} | [report]({entry['link']}) |"
 
 
@@ -159,9 +160,13 @@ def draw(path: Path, found: list[dict]):
             colour = colours[verdict(entry)]
             axes.plot(entry["seeds"], np.full(entry["n"], y - 0.22), "o", color=colour, alpha=0.4, markersize=4)
             axes.plot(entry["interval"], [y, y], color=colour, linewidth=3)
-            axes.plot(entry["mean"], y, "D", color=colour)
+            axes.plot(entry["mean"], y, "D", color=colour, markerfacecolor="white" if entry["n"] <= HINT else colour)
         axes.axvline(0, color="black", linestyle="--", linewidth=1)
-        axes.set(yticks=range(len(shown)), yticklabels=[f"{entry['short']} (n = {entry['n']})" for entry in shown], ylim=(-0.6, len(shown) - 0.4))
+        axes.set(
+            yticks=range(len(shown)),
+            yticklabels=[f"{entry['short']} (n = {entry['n']}{', a hint' * (entry['n'] <= HINT)})" for entry in shown],
+            ylim=(-0.6, len(shown) - 0.4),
+        )
         axes.set_xlabel(f"A − I minus A: {panel}")
         axes.locator_params(axis="x", nbins=7)
         axes.grid(alpha=0.3, axis="x")
