@@ -282,14 +282,9 @@ def check_out_dir(out_dir: Path, arms: dict[str, TrainConfig], seeds: range, dat
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"--out_dir={out_dir} holds a report.json of something else: name another directory for the comparison") from None
     if all((out_dir / "cells" / name / f"seed-{seed}" / "result.json").is_file() for name, seed in cells):
-        gone = sorted(report["arms"].keys() - arms.keys())
+        gone = sorted(report["arms"].keys() - arms.keys()) + [f"seed {seed}" for seed in sorted({seed for _, seed in cells} - set(seeds))]
         if gone and int(os.environ.get("RANK", 0)) == 0:
             say(f"note: the report in {out_dir} will be one without {', '.join(gone)}; what was trained stays in cells/ for a report of all")
-        fewer = sorted({seed for _, seed in cells} - set(seeds))
-        if fewer and int(os.environ.get("RANK", 0)) == 0:
-            say(
-                f"note: the report in {out_dir} will be one without seeds {', '.join(map(str, fewer))}; their runs stay in cells/ for a report of all"
-            )
         return
     ours = {name: json.loads(json.dumps(dataclasses.asdict(config))) for name, config in arms.items()}
     if recipes.keys() != arms.keys():
