@@ -174,12 +174,12 @@ def code_sha256() -> str:
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest()
 
 
-def fingerprint(config: TrainConfig, data: dict, device: str, evaluators: list[str]) -> dict:
-    """What decides a cell's numbers besides its seed: keys, data, code, torch and device, and what it was examined with."""
+def fingerprint(config: TrainConfig, data: dict, made: dict, evaluators: list[str]) -> dict:
+    """What decides a cell's numbers besides its seed: keys, data, what it is `made` with (code, torch and device), and what it was examined with."""
     keys = {key: value for key, value in dataclasses.asdict(config).items() if key not in HARMLESS}
     if evaluators:
         keys |= {"evaluate": sorted(evaluators), "evaluate_code": hashlib.sha256((ROOT / "evaluate.py").read_bytes()).hexdigest()}
-    everything = keys | data | {"code": code_sha256(), "torch": torch.__version__, "device": device, **given_weights(config.init_from)}
+    everything = keys | data | given_weights(config.init_from) | made
     return json.loads(json.dumps(everything))  # as it will be read back: tuples are lists
 
 
@@ -340,9 +340,9 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> tuple[
         if comparison.endpoint in ("top1", "top5") and read_meta(arms[name].dataset)[1]["kind"] != "pictures":
             raise InputError(f"--endpoint={comparison.endpoint} is for pictures: use best or last for --dataset={arms[name].dataset}")
     check_out_dir(out_dir, arms, seeds, data[cells[0][0]])
-    words = {name: elsewhere["device"] if elsewhere else place[name].name().partition(",")[0] for name in arms}
-    expected = {(name, seed): fingerprint(of_seed(arms[name], seed), data[name], words[name], comparison.evaluators) for name, seed in cells}
-    expected = {cell: made | (elsewhere or {}) for cell, made in expected.items()}
+    here = {"code": code_sha256(), "torch": torch.__version__}
+    means = {name: elsewhere or here | {"device": place[name].name().partition(",")[0]} for name in arms}
+    expected = {(name, seed): fingerprint(of_seed(arms[name], seed), data[name], means[name], comparison.evaluators) for name, seed in cells}
     there = {cell: read_cell(path[cell], expected[cell], comparison.report_only) for cell in cells}  # all are checked before any is run
     missing = [cell for cell in cells if there[cell] is None]
     if elsewhere:
@@ -425,7 +425,7 @@ def run_cells(comparison: CompareConfig, arms: dict[str, TrainConfig]) -> tuple[
         dist.destroy_process_group()
         signal.signal(signal.SIGINT, ours)
     results = {name: [read_cell(path[name, seed], expected[name, seed]) for seed in seeds] for name in arms}
-    return results, {"code": code_sha256(), "torch": torch.__version__, "device": place[cells[0][0]].name()}
+    return results, here | {"device": place[cells[0][0]].name()}
 
 
 def examine(comparison: CompareConfig, program, directory: Path) -> dict:

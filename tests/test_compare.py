@@ -127,6 +127,8 @@ def test_a_report_of_cells_from_elsewhere(tmp_path, undisturbed, arms, monkeypat
     assert (origin["device"], origin["versions"]["torch"], origin["code_sha256"]) == ("Some GPU", "2.11.0+cu130", "c0de")
     assert origin["report_only"] and not report["provenance"]["report_only"] and "report_only" not in origin["command"]
     assert origin["git_revision"] is None and "on Some GPU, torch 2.11.0+cu130" in (out_dir / "report.md").read_text()
+    run(out_dir, *arms, "--report_only=True", seeds=1)
+    assert f"note: the report in {out_dir} will be one without seed 2, seed 3; what was trained stays" in capsys.readouterr().out
     before = (out_dir / "report.json").read_bytes()
     rewritten(out_dir, lambda path, made: made.update(device="Another" if path.parent.name == "seed-2" else made["device"]))
     with pytest.raises(
