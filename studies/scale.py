@@ -2,8 +2,8 @@
 
 Reads the report.json of comparisons, each of one size of a text model, and writes scale.json, scale.md and scale.png into the first directory: for
 every size and learning rate the endpoint of A and of the arms with diffusion and their paired difference over the seeds that both have, and, where a
-size has been run at several rates, the difference with each arm at its best one, which the same seeds choose. All runs
-must see the same tokens in the same number of steps, and differ in size, in rate and in what diffuses alone.
+size has been run at several rates, the difference with each arm at its best one, which the same seeds choose. All runs must see the same tokens in
+the same number of steps, and differ in size, in rate and in what diffuses alone.
 """
 
 from fractions import Fraction
@@ -94,11 +94,12 @@ def entries(sizes: dict[int, dict]) -> list[dict]:
     for size, rates in sizes.items():
         for arm in dict.fromkeys(name for arms in rates.values() for name in arms if name != "A"):
             lines = [(spelled(rate), arms["A"], arms[arm]) for rate, arms in rates.items() if {"A", arm} <= arms.keys()]
-            for rate, a, b in [*lines, *filter(None, [at_best(rates, arm)])]:
+            best = at_best(rates, arm)
+            for rate, a, b in [*lines, best] if best else lines:
                 if seeds := sorted(a.keys() & b.keys()):
+                    found.append({"parameters": size, "rate": rate, "at_best": (rate, a, b) == best, "arm": arm, "seeds": seeds})
                     a, b = ([losses[seed] for seed in seeds] for losses in (a, b))
-                    found.append({"parameters": size, "rate": rate, "arm": arm, "seeds": seeds, "A": summary(a), "loss": summary(b)})
-                    found[-1] |= paired_difference(a, b)
+                    found[-1] |= {"A": summary(a), "loss": summary(b)} | paired_difference(a, b)
     if not found:
         raise InputError("no size has A and an arm with diffusion at one rate and seed: there is no difference to show")
     return found
@@ -134,7 +135,7 @@ def draw(path: Path, found: list[dict]):
         sizes_of.setdefault(entry["arm"], set()).add(entry["parameters"])
     kinds = [kind for kind in sizes_of if len(sizes_of[kind]) == max(map(len, sizes_of.values()))]
     figure, all_axes = plt.subplots(1, len(kinds), figsize=(2 + 4 * len(kinds), 4), layout="constrained", sharey=True, squeeze=False)
-    shown = [entry for entry in found if not entry["rate"].startswith("best")]
+    shown = [entry for entry in found if not entry["at_best"]]
     rates = sorted({entry["rate"] for entry in shown}, key=float)
     for axes, name in zip(all_axes[0], kinds):
         for place, rate in enumerate(rates):

@@ -205,7 +205,7 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
 def test_the_table_by_size_is_the_committed_reports(across):
     committed = json.loads((ROOT / "results" / "gpt2_350m" / "scale.json").read_text())["arms"].values()
     shown = [entry for entry in committed if entry["arm"] == "A − I in half of the heads"]
-    found = [entry for entry in shown if not entry["rate"].startswith("best")]
+    found = [entry for entry in shown if not entry["at_best"]]
 
     def spread(of):
         return words(of["mean"]) + ("" if of["sd"] is None else f" ± {of['sd']:.4f}")

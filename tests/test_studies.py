@@ -643,6 +643,7 @@ def test_differences_by_size(tmp_path, capsys):
     found = json.loads((tmp_path / "one" / "scale.json").read_text())
     assert found["reports"] == list(reports) and len(found["arms"]) == 7
     means = {(e["parameters"], e["arm"], e["rate"]): e["mean"] for e in found["arms"].values()}
+    assert [e["rate"] for e in found["arms"].values() if e["at_best"]] == ["best: 1e-3 for A, 2e-3 for the arm"]
     small, large = (12 * n * 64 + (10 + 4 + 2 * n + 1) * 8 for n in (1, 3))
     half = "A − I in half of the heads"
     assert means == {
