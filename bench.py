@@ -28,7 +28,7 @@ ARMS = {  # an arm's name -> its options
     "A+prior": [BARRIER],  # the log-barrier on the embeddings, and on the model's own heads
     "A+own": [BARRIER, ("prior_where", "attention")],
     "A-bf16": [("dtype", "bfloat16")],  # on a CPU, where --dtype=auto is float32
-    "apart": [],  # on CUDA, A with plain products, where A may have more in them (fused_products.py)
+    "apart": [],  # on CUDA, A with plain products and the framework's attention, where A may have others (fused_products.py, fused_attention.py)
     "plain": [],  # A in nanoGPT's way, see `plain`
 }
 
@@ -246,17 +246,19 @@ class FixedBatch:
 
 
 def apart(config: TrainConfig, place: Place, data):
-    """The program with plain products, what stands around them in passes of its own. Raises InputError where there is nothing to tell apart."""
+    """The program with plain products, what stands around them in passes of its own, and over long sequences the framework's attention. Raises
+    InputError where there is nothing to tell apart."""
     if place.device.type != "cuda":
         raise InputError("--arms: apart is for CUDA, where fused_products.py has products with more in them")
+    import fused_attention
     import fused_products
 
-    applies = fused_products.applies
+    kept = fused_products.applies, fused_attention.takes_long
     try:
-        fused_products.applies = lambda *_: False
+        fused_products.applies = fused_attention.takes_long = lambda *_: False
         return build(config, place, data)
     finally:
-        fused_products.applies = applies
+        fused_products.applies, fused_attention.takes_long = kept
 
 
 def programs(bench: BenchConfig, folder: Path) -> tuple[dict, dict, Place]:

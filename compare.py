@@ -159,6 +159,7 @@ def code_sha256() -> str:
         "prior.py",
         "fused.py",
         "fused_attention.py",
+        "fused_attention_hopper.py",
         "fused_products.py",
         "fused_products_hopper.py",
         "fused_prior.py",

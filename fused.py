@@ -7,8 +7,10 @@ torch.compile fuses element-wise passes well, but leaves these to be won (times 
     linear layers                  weights are cast once per step, all together; their gradients leave the product in float32
     GELU                           exact up to 2.2e-7 with one exp2 and one rsqrt instead of the long erf; kept, not computed again; on Hopper GPUs it
                                    and its gradient are the ends of the products before them (fused_products.py)
-    queries, keys, values          on Hopper GPUs the products of the projection's gradient take dq, dk and dv as they are; else one pass gathers them
-    graph diffusion                y - v is kept; v's second gradient is subtracted in that pass, or in one over dv alone
+    attention                      packed queries, keys and values in, their gradient out, graph diffusion's subtraction inside (fused_attention.py)
+    queries, keys, values          around the framework's attention: on Hopper GPUs the products of the projection's gradient take dq, dk and dv as
+                                   they are; else one pass gathers them
+    graph diffusion                elsewhere y - v is kept; v's second gradient is subtracted in the pass that gathers, or in one over dv alone
     token table                    its gradient by a sort instead of atomics
     cross-entropy                  the output layer in pieces of CHUNK rows; the pass that computes the loss turns the logits into its gradient in
                                    place, so that neither the 65,536 x 50,304 logits of a GPT-2 step nor their gradient are ever whole
@@ -544,7 +546,8 @@ class _Subtract(torch.autograd.Function):
 class Attention(CausalSelfAttention):
     """The model's attention; `branch` is what it adds to the residual stream, before dropout."""
 
-    ungathered = False  # the projection's gradients by products of three: `accelerate` decides
+    # `accelerate` decides: long sequences by fused_attention too, and where it does not apply the projection's gradients by products of three
+    long = ungathered = False
 
     def heads(self, x, tapped: bool):
         """(B, T, C) -> q, k, v (B, H, T, d), where heads diffuse v once more, and with `tapped` all three for the taps."""
@@ -555,14 +558,14 @@ class Attention(CausalSelfAttention):
         return _SplitForDiffusion.apply(qkv, *form, tapped) if self.diffusing_heads else _Split.apply(qkv, self.n_head, tapped)
 
     def branch(self, x, taps=None):
-        """(B, T, C) -> (B, T, C), over short sequences by fused_attention, else by the passes above around the framework's kernel. `taps` as in
+        """(B, T, C) -> (B, T, C), by fused_attention where it applies, else by the passes above around the framework's kernel. `taps` as in
         GPT.forward."""
         tapped, (B, T, C), p = taps is not None, x.shape, self.dropout if self.training else 0.0
-        if fused_attention.applies(T, C // self.n_head) and not tapped:
+        if fused_attention.applies(T, C // self.n_head, self.causal, p, self.long) and not tapped:
             qkv = self.c_attn(x)
             kept = keep(qkv.detach(), p, (B, self.n_head, T, T), 1 + self.layer) if p else None
             form = self.n_head, self.alpha, self.lam, self.diffusing_heads, self.causal
-            return self.c_proj(fused_attention.ShortAttention.apply(qkv, kept, 1 / (1 - p), *form))
+            return self.c_proj(fused_attention.PackedAttention.apply(qkv, kept, 1 / (1 - p), *form))
         q, k, v, *more = self.heads(x, tapped)
         if tapped:
             taps.append(tuple(more[-3:]))
@@ -745,3 +748,7 @@ def accelerate(network: nn.Module, dtype: torch.dtype, shadows: bool = True):
         block.mlp.inside = all(fused_products.applies(layer.half, layer.bias) for layer in (block.mlp.c_fc, block.mlp.c_proj))
         if isinstance(block.attn, Attention):
             block.attn.ungathered = fused_products.applies(block.attn.c_attn.half, block.attn.c_attn.bias)
+    c = network.config
+    if c.block_size > fused_attention.LONGEST and fused_attention.applies(c.block_size, c.n_embd // c.n_head, c.causal, c.dropout, True):
+        for block in network.transformer.h:
+            block.attn.long = fused_attention.takes_long(network.lm_head.weight.device, dtype)

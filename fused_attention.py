@@ -1,13 +1,15 @@
-"""Attention over short sequences in Triton, for half precision on CUDA: the projection's packed output in, its packed gradient out.
+"""Attention for half precision on CUDA: the projection's packed output in, its packed gradient out, a diffusing head's subtraction inside.
 
-The framework's kernels are made for long sequences. Over 64 to 256 tokens most of their time goes into what lies around the products: gradients
-copied between layouts, an accumulator of dq in float32, a pass for dO O. Here a program reads its queries, keys and values from (B, T, 3, H, d) and
-writes dq, dk and dv there; dropout's decisions come as bytes; a diffusing head gives lambda (y - alpha v) in the pass that has v at hand. Nothing is
-summed by atomics, so that two runs agree to the last bit.
+Over 64 to 256 tokens most of the time of the framework's kernels goes into what lies around the products: gradients copied between layouts, an
+accumulator of dq in float32, a pass for dO O. Here, in Triton, a program reads its queries, keys and values from (B, T, 3, H, d) and writes dq, dk
+and dv there; dropout's decisions come as bytes; a diffusing head gives lambda (y - alpha v) in the pass that has v at hand. Longer sequences take
+the same way on Hopper GPUs, by fused_attention_hopper.py; elsewhere the framework's kernels are ahead. Nothing is summed by atomics, so that two
+runs agree to the last bit.
 
 Softmax and sums are in float32, products of half-precision matrices in float32 as well. tests/test_fused_attention.py compares with float64.
 """
 
+import functools
 import math
 
 import torch
@@ -15,9 +17,10 @@ import triton
 import triton.language as tl
 
 from operators import operator
+from place import say
 
 FORWARD, BACKWARD = (64, 4, 2), (64, 4, 2)  # queries, and keys, at a time; warps; loads in flight
-LONGEST = 256  # tokens; beyond, the framework's kernels are ahead
+LONGEST = 256  # tokens of a sequence for the kernels in Triton
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -178,9 +181,29 @@ def _attend_keys_backward(qkv_ptr, keep_ptr, y_ptr, dout_ptr, lse_ptr, delta_ptr
     tl.store(dqkv_ptr + 2 * width + place, dv, mask=live)
 
 
-def applies(T: int, d: int) -> bool:
-    """Whether these kernels take such sequences and heads."""
-    return T <= LONGEST and d in (16, 32, 64, 128)
+def applies(T: int, d: int, causal: bool, dropout: float, long: bool) -> bool:
+    """Whether these kernels take such sequences and heads. `long`: what `takes_long` says of the device."""
+    return T <= LONGEST and d in (16, 32, 64, 128) or long and causal and not dropout and d == 64 and T % 128 == 0
+
+
+@functools.cache
+def takes_long(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether sequences longer than LONGEST run there: tried on a small one; says why not on a Hopper GPU."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    # several tiles and blocks, a head of each kind; no random numbers, which are the training's
+    qkv, dout = (torch.arange(384 * width, device=device).mul(0.7).sin().mul(2).to(dtype).view(1, 384, width) for width in (384, 128))
+    form = 2, 0.7, 1.3, 1
+    try:
+        y, out, lse = _forward_long(qkv, *form)
+        references = _forward(qkv, None, 1.0, *form, True)
+        pairs = *zip((y, out, lse), references), (_backward_long(dout, qkv, y, lse, *form), _backward(dout, qkv, None, y, lse, 1.0, *form, True))
+        why = "" if all(torch.allclose(ours, reference, rtol=0.02, atol=0.02) for ours, reference in pairs) else "its results are wrong"
+    except Exception as e:  # Gluon is an experimental part of Triton, and another release of it may fail in any way
+        why = f"{type(e).__name__}: {e}".splitlines()[0]
+    if why:
+        say(f"note: attention over long sequences is the framework's, with Triton {triton.__version__}: {why}")
+    return not why
 
 
 def _form(qkv, kept, n_head: int, heads: int, causal: bool, tile: tuple[int, int, int]) -> tuple[tuple[int], dict]:
@@ -195,6 +218,48 @@ def _bytes(qkv, kept):
     return qkv if kept is None else kept.contiguous().view(torch.uint8)
 
 
+def _results(qkv, n_head: int, heads: int):
+    """Where `attend` leaves its results."""
+    B, T, C3 = qkv.shape
+    y = qkv.new_empty(B, T, C3 // 3)
+    return y, torch.empty_like(y) if heads else qkv.new_empty(0), torch.empty(B, n_head, T, dtype=torch.float32, device=qkv.device)
+
+
+def _forward(qkv, kept, factor: float, n_head: int, alpha: float, lam: float, heads: int, causal: bool):
+    y, out, lse = _results(qkv, n_head, heads)
+    grid, form = _form(qkv, kept, n_head, heads, causal, FORWARD)
+    mask = _bytes(qkv, kept)
+    _attend[grid](qkv, mask, y, out, lse, qkv.size(1), n_head, alpha, lam, factor, 1 / math.sqrt(form["D"]), DIFFUSES=heads > 0, **form)
+    return y, out, lse
+
+
+def _backward(dout, qkv, kept, y, lse, factor: float, n_head: int, alpha: float, lam: float, heads: int, causal: bool):
+    grid, form = _form(qkv, kept, n_head, heads, causal, BACKWARD)
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    whole = qkv.size(1) <= form["BLOCK"]
+    given = (qkv, _bytes(qkv, kept), y, dout, lse, delta, dqkv, qkv.size(1), n_head, alpha, lam, factor, 1 / math.sqrt(form["D"]))
+    _attend_queries_backward[grid](*given, WHOLE=whole, **form)
+    if not whole:
+        _attend_keys_backward[grid](*given, **form)
+    return dqkv
+
+
+def _forward_long(qkv, n_head: int, alpha: float, lam: float, heads: int):
+    import fused_attention_hopper
+
+    results = _results(qkv, n_head, heads)
+    fused_attention_hopper.forward(qkv, *results, n_head, alpha, lam, heads)
+    return results
+
+
+def _backward_long(dout, qkv, y, lse, n_head: int, alpha: float, lam: float, heads: int):
+    import fused_attention_hopper
+
+    dqkv = torch.empty_like(qkv)
+    fused_attention_hopper.backward(dout, qkv, y, lse, torch.empty_like(lse), dqkv, n_head, alpha, lam, heads)
+    return dqkv
+
+
 @operator
 def attend(
     qkv: torch.Tensor, kept: torch.Tensor | None, factor: float, n_head: int, alpha: float, lam: float, heads: int, causal: bool
@@ -203,20 +268,12 @@ def attend(
     to base 2. `kept`: bool (B, H, T, T), what dropout keeps of A, times `factor`: 25 MB a layer of
     shakespeare_char, kept for the way back."""
     qkv = qkv.contiguous()
-    B, T, C3 = qkv.shape
-    grid, form = _form(qkv, kept, n_head, heads, causal, FORWARD)
-    y, lse = qkv.new_empty(B, T, C3 // 3), torch.empty(B, n_head, T, dtype=torch.float32, device=qkv.device)
-    out = torch.empty_like(y) if heads else qkv.new_empty(0)
-    mask = _bytes(qkv, kept)
-    _attend[grid](qkv, mask, y, out, lse, T, n_head, alpha, lam, factor, 1 / math.sqrt(form["D"]), DIFFUSES=heads > 0, **form)
-    return y, out, lse
+    if qkv.size(1) > LONGEST:
+        return _forward_long(qkv, n_head, alpha, lam, heads)
+    return _forward(qkv, kept, factor, n_head, alpha, lam, heads, causal)
 
 
-@attend.register_fake
-def _(qkv, kept, factor, n_head, alpha, lam, heads, causal):
-    B, T, C3 = qkv.shape
-    y = qkv.new_empty(B, T, C3 // 3)
-    return y, torch.empty_like(y) if heads else qkv.new_empty(0), qkv.new_empty(B, n_head, T, dtype=torch.float32)
+attend.register_fake(lambda qkv, kept, factor, n_head, alpha, lam, heads, causal: _results(qkv, n_head, heads))
 
 
 @operator
@@ -226,15 +283,9 @@ def attend_backward(
 ) -> torch.Tensor:  # fmt: skip
     """The gradient of `qkv` from that of what `attend` gives, (B, T, C)."""
     dout, qkv = dout.contiguous(), qkv.contiguous()
-    grid, form = _form(qkv, kept, n_head, heads, causal, BACKWARD)
-    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    mask = _bytes(qkv, kept)
-    whole = qkv.size(1) <= form["BLOCK"]
-    given = (qkv, mask, y, dout, lse, delta, dqkv, qkv.size(1), n_head, alpha, lam, factor, 1 / math.sqrt(form["D"]))
-    _attend_queries_backward[grid](*given, WHOLE=whole, **form)
-    if not whole:
-        _attend_keys_backward[grid](*given, **form)
-    return dqkv
+    if qkv.size(1) > LONGEST:
+        return _backward_long(dout, qkv, y, lse, n_head, alpha, lam, heads)
+    return _backward(dout, qkv, kept, y, lse, factor, n_head, alpha, lam, heads, causal)
 
 
 @attend_backward.register_fake
@@ -242,7 +293,7 @@ def _(dout, qkv, kept, y, lse, factor, n_head, alpha, lam, heads, causal):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-class ShortAttention(torch.autograd.Function):
+class PackedAttention(torch.autograd.Function):
     """(B, T, 3 C) -> (B, T, C): attention of all heads, the last `heads` of them lambda (A - alpha I) v."""
 
     @staticmethod

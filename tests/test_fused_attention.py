@@ -4,8 +4,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install -r requirements-dev.txt")
+import fused  # noqa: E402
 import fused_attention  # noqa: E402
-from fused_attention import ShortAttention  # noqa: E402
+from fused_attention import PackedAttention  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -38,7 +40,7 @@ def test_values_and_gradients_are_those_of_the_stored_matrix(T, d, causal, p, he
     kept = torch.rand(B, H, T, T, device=DEVICE) >= p if p else None
     direction = torch.randn(B, T, H * d, device=DEVICE).to(dtype)
     form = kept, 1 / (1 - p), H, alpha, lam, heads, causal
-    y = ShortAttention.apply(qkv, *form)
+    y = PackedAttention.apply(qkv, *form)
     y.backward(direction)
     exact = qkv.detach().double().requires_grad_()
     reference = exactly(exact, *form)
@@ -50,10 +52,141 @@ def test_values_and_gradients_are_those_of_the_stored_matrix(T, d, causal, p, he
         assert error <= bound * max(float(theirs.abs().max()), float(direction.abs().max()) if T == 1 else 0), error
 
 
+HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU: Triton's interpreter knows no Gluon")
+
+
+def draw(B, T, H, dtype):
+    torch.manual_seed(T)
+    qkv = torch.randn(B, T, 3, H, 64, device=DEVICE)
+    qkv[:, :, 0] *= 2  # logits of some size
+    return qkv.flatten(2).to(dtype).requires_grad_(), torch.randn(B, T, 64 * H, device=DEVICE).to(dtype)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("B, T, H", [(1, 384, 2), (2, 1024, 3), (33, 512, 12)])  # the last: several tiles for each program
+@pytest.mark.parametrize("heads, alpha, lam", [(0, 1.0, 1.0), (-1, 1.0, 1.0), (1, 0.5, 1.5), (2, 1.0, 0.0)])
+def test_long_sequences(B, T, H, dtype, rounding, heads, alpha, lam):
+    """Against the stored matrix in float64, and no further from it than the framework's kernels in the same precision; and again, to the bit."""
+    qkv, direction = draw(B, T, H, dtype)
+    form = None, 1.0, H, alpha, lam, heads % (H + 1), True
+    assert fused_attention.applies(T, 64, True, 0.0, fused_attention.takes_long(qkv.device, dtype))
+    y = PackedAttention.apply(qkv, *form)
+    (y * direction).sum().backward()  # not y.backward(direction): in a thread of its own, a launch by TMA may not be the first
+    exact = qkv.detach().double().requires_grad_()
+    reference = exactly(exact, *form)
+    reference.backward(direction.double())
+    for ours, theirs in ((y, reference), *zip(qkv.grad.split(64 * H, -1), exact.grad.split(64 * H, -1))):
+        assert ours.dtype == dtype and ours.isfinite().all()
+        error, size = ours.double() - theirs, theirs.double()
+        assert float(error.norm()) <= rounding * float(size.norm()) and float(error.abs().max()) <= 2 * rounding * float(size.abs().max())
+    first, qkv.grad = qkv.grad, None
+    again = PackedAttention.apply(qkv, *form)
+    (again * direction).sum().backward()
+    assert torch.equal(y, again) and torch.equal(first, qkv.grad)
+
+
+@needs_hopper
+def test_what_long_diffusing_heads_give_is_the_pass_to_the_bit():
+    qkv, _ = draw(2, 512, 4, torch.bfloat16)
+    y, out, lse = fused_attention.attend(qkv.detach(), None, 1.0, 4, 0.7, 1.3, 3, True)
+    kept, nothing, sums = fused_attention.attend(qkv.detach(), None, 1.0, 4, 1.0, 1.0, 0, True)
+    assert torch.equal(kept, y) and torch.equal(sums, lse) and nothing.numel() == 0
+    y, v = (part.view(2, 512, 4, 64).transpose(1, 2) for part in (y, qkv.detach()[..., 512:]))
+    assert torch.equal(out, fused.subtract(y, v, 0.7, 1.3, 3).transpose(1, 2).flatten(2))
+
+
+@needs_hopper
+def test_no_long_query_sees_the_future():
+    qkv, direction = draw(1, 512, 2, torch.bfloat16)
+    y = PackedAttention.apply(qkv, None, 1.0, 2, 1.0, 1.0, 1, True)
+    (y * direction)[:, :300].sum().backward()
+    assert not qkv.grad[:, 300:].any() and qkv.grad[:, :300].any()
+    other = qkv.detach().clone()
+    other[:, 300:] = 7
+    assert torch.equal(PackedAttention.apply(other, None, 1.0, 2, 1.0, 1.0, 1, True)[:, :300], y[:, :300])
+
+
+@pytest.mark.parametrize("arm", [{}, {"diffusion": True}, {"diffusion": True, "diffusion_heads": (1,), "diffusion_alpha": 0.5}])
+@pytest.mark.parametrize(
+    "on_gpu", [pytest.param(False, marks=pytest.mark.skipif(HOPPER, reason="for elsewhere")), pytest.param(True, marks=needs_hopper)]
+)
+def test_a_network_of_long_sequences(monkeypatch, arm, on_gpu):
+    """Takes them where Hopper's kernels are; its gradients are those of the model in float64 up to the rounding."""
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=384, vocab_size=40, n_layer=2, n_head=2, n_embd=128, **arm)
+    network, exact, calls = GPT(config).to(DEVICE), GPT(config).to(DEVICE).double(), []
+    fused.accelerate(network, torch.bfloat16 if on_gpu else torch.float32)
+    kept = fused_attention._backward_long
+    monkeypatch.setattr(fused_attention, "_backward_long", lambda *given: calls.append(given[0].dtype) or kept(*given))
+    idx = torch.randint(40, (3, 384), device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=on_gpu):
+        loss = network(idx, idx)[1]
+        loss.backward()
+    reference = exact(idx, idx)[1]
+    reference.backward()
+    assert calls == [torch.bfloat16] * (2 * on_gpu)
+    assert abs(float(loss) - float(reference)) < (2e-3 if on_gpu else 1e-5)
+    for (name, ours), theirs in zip(network.named_parameters(), exact.parameters(), strict=True):
+        error = float((ours.grad - theirs.grad).norm() / theirs.grad.norm())
+        assert error < (0.02 if on_gpu else 1e-4), (name, error)
+
+
+@pytest.mark.skipif(HOPPER, reason="for elsewhere")
+def test_long_sequences_are_the_framework_s_elsewhere():
+    assert not fused_attention.takes_long(torch.device(DEVICE), torch.bfloat16)
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("raises", [False, True])
+def test_long_sequences_are_the_framework_s_where_the_trial_fails(monkeypatch, capsys, wrong, raises):
+    """With the kernels for short sequences in the place of Hopper's, in the interpreter on a CPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device = type("Device", (), {"type": "cuda"})()
+    made = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda n, device: made(n, device=DEVICE, dtype=torch.float32))
+
+    def forward(qkv, *form):
+        if raises and wrong:
+            raise RuntimeError("no such instruction\nand more")
+        return fused_attention._forward(qkv, None, 1.0, *form, True)
+
+    def backward(dout, qkv, y, lse, *form):
+        return fused_attention._backward(dout, qkv, None, y, lse, 1.0, *form, True) + wrong * 0.1
+
+    monkeypatch.setattr(fused_attention, "_forward_long", forward)
+    monkeypatch.setattr(fused_attention, "_backward_long", backward)
+    assert fused_attention.takes_long.__wrapped__(device, torch.float16) is not wrong
+    said = capsys.readouterr().out
+    assert said.count("\n") == wrong
+    assert not wrong or ("RuntimeError: no such instruction" if raises else "its results are wrong") in said
+
+
+@needs_hopper
+def test_the_compiler_is_told_the_truth_about_long_sequences():
+    qkv, direction = draw(1, 384, 2, torch.bfloat16)
+    qkv, checks = qkv.detach(), ("test_schema", "test_faketensor")
+    for heads in (0, 1):
+        torch.library.opcheck(fused_attention.attend, (qkv, None, 1.0, 2, 0.5, 1.5, heads, True), test_utils=checks)
+        y, _, lse = fused_attention.attend(qkv, None, 1.0, 2, 0.5, 1.5, heads, True)
+        given = direction, qkv, None, y, lse, 1.0, 2, 0.5, 1.5, heads, True
+        torch.library.opcheck(fused_attention.attend_backward, given, test_utils=checks)
+
+
 def test_which_sequences_it_takes():
     """And a mask of any strides."""
     qkv, kept = torch.randn(2, 6, 96, device=DEVICE), torch.rand(6, 6, 2, 2, device=DEVICE) < 0.5
     masks = kept.permute(2, 3, 0, 1), kept.permute(2, 3, 0, 1).contiguous()
-    one, other = (ShortAttention.apply(qkv, mask, 2.0, 2, 1.0, 1.0, 0, True) for mask in masks)
+    one, other = (PackedAttention.apply(qkv, mask, 2.0, 2, 1.0, 1.0, 0, True) for mask in masks)
     assert torch.equal(one, other)
-    assert fused_attention.applies(256, 64) and not fused_attention.applies(257, 64) and not fused_attention.applies(64, 8)
+    assert fused_attention.applies(256, 64, False, 0.1, False) and not fused_attention.applies(64, 8, True, 0.0, True)
+    assert fused_attention.applies(384, 64, True, 0.0, True)
+    for reason in (
+        (384, 64, True, 0.0, False),
+        (384, 64, True, 0.1, True),
+        (384, 64, False, 0.0, True),
+        (384, 128, True, 0.0, True),
+        (320, 64, True, 0.0, True),
+    ):
+        assert not fused_attention.applies(*reason)
