@@ -105,8 +105,6 @@ def test_the_speed_of_gpus_is_the_committed_benchmarks():
     assert "won A {:.1f} to {:.1f} ms".format(*won) in in_speed
     shares = [f"{row['ratio']['median']:.3f}" for row in (before["A"], a, alone["A"], before["A-I"], laplacian)]
     assert "Of its time A took {} and takes {} and {}, A − I took {} and takes {}.".format(*shares) in in_speed
-    assert f"GPT-2's row, {rate(a)} thousand tokens/s for A," in IN_README
-    assert f"| a step of GPT-2 124M (64 × 1024 tokens) | {ms(plain)} | {ms(a)} | {ms(laplacian)} |\n" in README
     more = f"on the embeddings {ms(barrier['A+prior'])}, on the model's own heads {ms(barrier['A+own'])}"
     assert f"| the same with the log-barrier, earlier kernels | | {ms(barrier['A'])} | | {more} |\n" in SPEED
     products = "matrix products {matrix products:.2f}, those with GELU inside {products with GELU inside:.2f}, attention {attention:.2f}"
@@ -153,8 +151,28 @@ def test_the_speed_by_size_is_the_committed_benchmarks():
         pairs = [", ".join(some) for some in zip(*found)]
         cells = [label, str(report["bench"]["batch_size"]), ms[0], f"{ms[1]}, {rows[1]['ratio']['median'] - 1:.1%} more", *pairs]
         assert f"| {' | '.join(cells)} |\n".replace("%", " %") in SPEED
-    large = json.loads((ROOT / "results" / "bench" / "h100_train_gpt2.json").read_text())["rows"][0]
+    large = json.loads((ROOT / "results" / "bench" / "h100_attention_gpt2.json").read_text())["rows"][0]
     assert f"the MFU is {large['mfu']:.1%} (table above, {large['ms']['median']:.1f} ms)".replace("%", " %") in " ".join(SPEED.split())
+
+
+def test_the_speed_of_attention_of_our_own_is_the_committed_benchmarks():
+    def rows(name):
+        found = json.loads((ROOT / "results" / "bench" / f"h100_attention_{name}.json").read_text())["rows"]
+        return [(row, f"{row['ms']['median']:.1f}", f"{row['tokens_per_s'] / 1000:.0f}", f"{row['peak_gib']:.1f}") for row in found]
+
+    in_speed = " ".join(SPEED.split())
+    (a, ms, rate, memory), (laplacian, more_ms, more_rate, more_memory) = rows("gpt2")
+    parts = [f"{row['kernels_ms']['attention']:.1f}" for row in (a, laplacian)]
+    words = f"attention {parts[0]} and {parts[1]}; {rate} and {more_rate} thousand tokens/s; {memory} and {more_memory} GiB"
+    assert f"| a step of GPT-2 124M (64 × 1024 tokens) | | {ms} | {more_ms} | {words} |\n" in SPEED
+    ratio = laplacian["ratio"]
+    low, high = (f"{100 * (value - 1):+.1f}".replace("-", "−") for value in ratio["quartiles"])
+    assert f"A − I costs {100 * (ratio['median'] - 1):.1f} % more than A by the rounds' own ratios (quartiles {low} to {high} %)" in in_speed
+    (_, plain_ms, plain_rate, plain_memory), (a, ms, rate, memory) = rows("plain_gpt2")
+    words = f"{plain_rate} and {rate} thousand tokens/s; {plain_memory} and {memory} GiB"
+    assert f"| the same against nanoGPT's way, the same machine | {plain_ms} | {ms} | | {words} |\n" in SPEED
+    assert f"A takes {a['ratio']['median']:.3f} of the time of nanoGPT's way" in in_speed
+    assert f"| a step of GPT-2 124M (64 × 1024 tokens), on an H100 | {plain_ms} | {ms} | {100 * (ratio['median'] - 1):.1f} % more |\n" in README
 
 
 @pytest.mark.parametrize("text", ["wikitext2", "shakespeare"])
