@@ -561,7 +561,8 @@ class Attention(CausalSelfAttention):
         """(B, T, C) -> (B, T, C), by fused_attention where it applies, else by the passes above around the framework's kernel. `taps` as in
         GPT.forward."""
         tapped, (B, T, C), p = taps is not None, x.shape, self.dropout if self.training else 0.0
-        if fused_attention.applies(T, C // self.n_head, self.causal, p, self.long) and not tapped:
+        long = self.long and _half(x) != torch.float32  # without autocast the projection is in float32
+        if fused_attention.applies(T, C // self.n_head, self.causal, p, long) and not tapped:
             qkv = self.c_attn(x)
             kept = keep(qkv.detach(), p, (B, self.n_head, T, T), 1 + self.layer) if p else None
             form = self.n_head, self.alpha, self.lam, self.diffusing_heads, self.causal

@@ -138,6 +138,23 @@ def test_long_sequences_are_the_framework_s_elsewhere():
     assert not fused_attention.takes_long(torch.device(DEVICE), torch.bfloat16)
 
 
+def test_long_sequences_in_float32_are_the_framework_s(monkeypatch):
+    """As without autocast; and none in half precision with taps, whose gradients come from elsewhere."""
+    network = GPT(GPTConfig(block_size=384, vocab_size=8, n_layer=1, n_head=1, n_embd=64)).to(DEVICE)
+    fused.accelerate(network, torch.float32)
+    attention, calls = network.transformer.h[0].attn, []
+    attention.long = True
+    monkeypatch.setattr(fused_attention, "_forward_long", lambda qkv, *form: calls.append(1) or fused_attention._forward(qkv, None, 1.0, *form, True))
+    x = torch.randn(1, 384, 64, device=DEVICE)
+    reference = attention.branch(x)
+    assert not calls
+    monkeypatch.setattr(fused, "_half", lambda x: torch.bfloat16)
+    ours = attention.branch(x)
+    assert calls == [1] and float((ours - reference).abs().max()) < (0.02 if CUDA else 1e-5)
+    attention.branch(x, taps=[])
+    assert calls == [1]
+
+
 @pytest.mark.parametrize("wrong", [0, 1])
 @pytest.mark.parametrize("raises", [False, True])
 def test_long_sequences_are_the_framework_s_where_the_trial_fails(monkeypatch, capsys, wrong, raises):
