@@ -138,6 +138,7 @@ def test_long_sequences_are_the_framework_s_elsewhere():
     assert not fused_attention.takes_long(torch.device(DEVICE), torch.bfloat16)
 
 
+@pytest.mark.skipif(CUDA, reason="with the kernels for short sequences in the place of Hopper's, in the interpreter")
 def test_long_sequences_in_float32_are_the_framework_s(monkeypatch):
     """As without autocast; and none in half precision with taps, whose gradients come from elsewhere."""
     network = GPT(GPTConfig(block_size=384, vocab_size=8, n_layer=1, n_head=1, n_embd=64)).to(DEVICE)
@@ -150,7 +151,7 @@ def test_long_sequences_in_float32_are_the_framework_s(monkeypatch):
     assert not calls
     monkeypatch.setattr(fused, "_half", lambda x: torch.bfloat16)
     ours = attention.branch(x)
-    assert calls == [1] and float((ours - reference).abs().max()) < (0.02 if CUDA else 1e-5)
+    assert calls == [1] and float((ours - reference).detach().abs().max()) < 1e-5
     attention.branch(x, taps=[])
     assert calls == [1]
 
