@@ -235,3 +235,23 @@ def test_the_table_by_size_is_the_committed_reports(across):
     middle = {entry["rate"]: entry["differences"] for entry in found if 2e8 < entry["parameters"] < 5e8}
     of_a = {entry["rate"]: entry["A"]["mean"] for entry in found if 2e8 < entry["parameters"] < 5e8}
     assert set(middle) == {"3e-4", "6e-4", "1.2e-3"} and min(of_a, key=of_a.get) == "3e-4", "A's best rate is the smallest"
+
+
+def test_where_in_the_network_is_the_committed_report():
+    report = report_of("gpt2_where")
+    losses = [{cell["seed"]: cell["val_loss"] for cell in arm["cells"]} for arm in report["arms"].values()]
+    assert all(sorted(some) == [7, 8, 9, 10, 11, 12] for some in losses) and report["endpoint"] == "last"
+    names = "none (A)", "six of twelve in every layer", "six of twelve in all layers but the first", "six of twelve in the first layer alone"
+    for name, some in zip(names, losses, strict=True):
+        values = list(some.values())
+        cell = f"{sum(values) / 6:.4f} ± {stats.tstd(values):.4f}"
+        difference = "" if some is losses[0] else " {} ({} to {})".format(*(words(x, "+") for x in paired(losses[0], some)))
+        assert f"| {name} | {cell} |{difference} |\n" in RESULTS
+        assert all(some[seed] <= losses[0][seed] for seed in some)
+    assert "but the first against the first alone: {}, {} to {})".format(*(words(x, "+") for x in paired(losses[3], losses[2]))) in IN_RESULTS
+    for one, other in ((1, 2), (1, 3), (2, 3)):
+        _, low, high = paired(losses[one], losses[other])
+        assert low < 0 < high
+    rates = [sum(cell["tokens_per_s"] for cell in arm["cells"]) / 6000 for arm in report["arms"].values()]
+    speed = " ".join((ROOT / "docs" / "speed.md").read_text().split())
+    assert f"A went at {rates[0]:.0f} thousand tokens/s and the other arms at {min(rates):.0f} to {max(rates[1:]):.0f}" in speed
