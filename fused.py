@@ -561,7 +561,7 @@ class Attention(CausalSelfAttention):
         """(B, T, C) -> (B, T, C), by fused_attention where it applies, else by the passes above around the framework's kernel. `taps` as in
         GPT.forward."""
         tapped, (B, T, C), p = taps is not None, x.shape, self.dropout if self.training else 0.0
-        long = self.long and _half(x) != torch.float32  # without autocast the projection is in float32
+        long = self.long and _half(x) in (torch.bfloat16, torch.float16)  # without autocast the projection may be in float32
         if fused_attention.applies(T, C // self.n_head, self.causal, p, long) and not tapped:
             qkv = self.c_attn(x)
             kept = keep(qkv.detach(), p, (B, self.n_head, T, T), 1 + self.layer) if p else None
@@ -752,4 +752,5 @@ def accelerate(network: nn.Module, dtype: torch.dtype, shadows: bool = True):
     c = network.config
     if c.block_size > fused_attention.LONGEST and fused_attention.applies(c.block_size, c.n_embd // c.n_head, c.causal, c.dropout, True):
         for block in network.transformer.h:
-            block.attn.long = fused_attention.takes_long(network.lm_head.weight.device, dtype)
+            if isinstance(block.attn, Attention):
+                block.attn.long = fused_attention.takes_long(network.lm_head.weight.device, dtype, block.attn.diffusing_heads > 0)

@@ -5,13 +5,14 @@
     4 or 8 warps    multiply, weigh and sum
 
 Two programs share a multiprocessor: while one weighs, the other multiplies. Each takes one tile after another, so that its loads never pause, in an
-order that gives it short rows and long ones. The way back is two passes, one for the gradient of queries and one for those of keys and values: all
-weights are computed twice, but nothing is summed by atomics or in memory, so two runs agree to the last bit. A diffusing head costs one more store on
-the way, and on the way back a tile more to load. Times, and what else was tried, in LOG.md; tests/test_fused_attention.py compares with float64.
-Triton's interpreter knows no Gluon.
+order that gives it short rows and long ones (evenly for 1024 tokens, some programs up to a third more for 4096). The way back is two passes, one for
+the gradient of queries and one for those of keys and values: all weights are computed twice, but nothing is summed by atomics or in memory, so two
+runs agree to the last bit. A diffusing head costs one more store on the way, and on the way back a tile more to load. Times, and what else was tried,
+in LOG.md; tests/test_fused_attention.py compares with float64. Triton's interpreter knows no Gluon.
 
-A product that is under way when a loop begins anew must be one before the first turn and after the last as well, and its registers nothing else's:
-else the compiler lets every product wait for the one before, without a word, and the pass takes half as long again.
+On the way back a product that is under way when a loop begins anew is so before the first turn and after the last as well, and its registers are
+nothing else's: else the compiler (ptxas 12.8, of Triton 3.6) lets every product wait for the one before, without a word. On the way forward it does
+so for want of registers, and two groups of four warps are still ahead of one with registers enough.
 """
 
 import math
@@ -31,7 +32,7 @@ TILE, BLOCK = gl.constexpr(128), gl.constexpr(64)
 SLOTS = {"forward": 3, "queries": 3, "keys": 3}  # of the load queue
 TOGETHER = 2  # programs that share a multiprocessor
 # A thread's registers at the start, which its share of the multiprocessor allows. The warps that load hand most of theirs on; forward, where both
-# halves have four warps each, so many remain at work.
+# halves have four warps each, the second half has so many at work and the first what is left, 104.
 FORWARD, BACKWARD, AT_WORK = 80, 128, 112
 SIZES = ["T", "H", "items", "FIRST", "C"]  # one program for all of them
 
@@ -96,7 +97,7 @@ def _weigh(s, o, largest, total, factor, left: gl.constexpr, dtype: gl.constexpr
 @gluon.jit
 def _half_tiles(group: gl.constexpr, qs, ks, vs, ys, outs, q_full, q_free, k_full, v_full, free, y, out, lse_ptr, T, H, items, scale, alpha, lam,
             FIRST, D: gl.constexpr, DIFFUSES: gl.constexpr, SLOTS: gl.constexpr):  # fmt: skip
-    """Half `group` of each tile. The product with a block's values is waited for after the next block's logits have been asked for."""
+    """Half `group` of each tile."""
     form: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=form, k_width=2)
     dtype: gl.constexpr = qs.dtype
@@ -429,29 +430,32 @@ def _attend_long_keys(qkv, dout, dqkv, lse_ptr, delta_ptr, T, H, items, scale, a
 
 
 def _describe(x, rows: gl.constexpr):
-    """(B, T, …) as a matrix of B T rows, read and written by so many rows of 64 columns."""
+    """(B, T, …) as a matrix of B T rows, read and written by so many rows of 64 columns. Needs a current CUDA context: in a thread of its own, as
+    autograd's is, something else must have run before."""
     form = gl.NVMMASharedLayout.get_default_for([rows.value, 64], gl.bfloat16)  # of float16 too: the size of an element counts
     return TensorDescriptor.from_tensor(x.view(-1, x.size(-1)), [rows.value, 64], form)
 
 
-def _launch(kernel, rows: gl.constexpr, qkv, n_head: int, given, form, registers: int):
-    """Runs a pass by tiles of so many rows."""
+def _launch(kernel, rows: gl.constexpr, qkv, n_head: int, given, form, registers: int, most: int):
+    """Runs a pass by tiles of so many rows, with at most so many programs, if not 0."""
     B, T, _ = qkv.shape
     tiles = B * n_head * (T // rows.value)
-    kernel[(min(tiles, TOGETHER * processors(qkv.device)),)](*given, T, n_head, tiles, 1 / math.sqrt(64), *form, num_warps=4, maxnreg=registers)
+    kernel[(min(tiles, most or TOGETHER * processors(qkv.device)),)](
+        *given, T, n_head, tiles, 1 / math.sqrt(64), *form, num_warps=4, maxnreg=registers
+    )
 
 
-def forward(qkv, y, out, lse, n_head: int, alpha: float, lam: float, heads: int):
+def forward(qkv, y, out, lse, n_head: int, alpha: float, lam: float, heads: int, most: int = 0):
     """Fills y (B, T, C), with `heads` out (B, T, C), and lse (B, H, T), to base 2, from qkv (B, T, 3 C)."""
     given = *(_describe(x, BLOCK) for x in (qkv, y, out if heads else y)), lse
     form = alpha, lam, n_head - heads, y.size(-1), 64, heads > 0, SLOTS["forward"], AT_WORK
-    _launch(_attend_long, TILE, qkv, n_head, given, form, FORWARD)
+    _launch(_attend_long, TILE, qkv, n_head, given, form, FORWARD, most)
 
 
-def backward(dout, qkv, y, lse, delta, dqkv, n_head: int, alpha: float, lam: float, heads: int):
+def backward(dout, qkv, y, lse, delta, dqkv, n_head: int, alpha: float, lam: float, heads: int, most: int = 0):
     """Fills dqkv (B, T, 3 C), and delta (B, H, T) on the way, from dout (B, T, C) and what `forward` was given and has filled."""
     first, C = n_head - heads, y.size(-1)
     given = _describe(qkv, TILE), _describe(qkv, BLOCK), *(_describe(x, TILE) for x in (dout, y, dqkv)), lse, delta
-    _launch(_attend_long_queries, TILE, qkv, n_head, given, (lam, first, C, 64, SLOTS["queries"]), BACKWARD)
+    _launch(_attend_long_queries, TILE, qkv, n_head, given, (lam, first, C, 64, SLOTS["queries"]), BACKWARD, most)
     given = *(_describe(x, BLOCK) for x in (qkv, dout, dqkv)), lse, delta
-    _launch(_attend_long_keys, BLOCK, qkv, n_head, given, (alpha, lam, first, C, 64, heads > 0, SLOTS["keys"]), BACKWARD)
+    _launch(_attend_long_keys, BLOCK, qkv, n_head, given, (alpha, lam, first, C, 64, heads > 0, SLOTS["keys"]), BACKWARD, most)

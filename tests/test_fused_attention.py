@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton: pip install -r requirements-dev.txt")
 import fused  # noqa: E402
 import fused_attention  # noqa: E402
+import fused_products  # noqa: E402
 from fused_attention import PackedAttention  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -68,10 +69,10 @@ def draw(B, T, H, dtype):
 @pytest.mark.parametrize("B, T, H", [(1, 384, 2), (2, 1024, 3), (33, 512, 12)])  # the last: several tiles for each program
 @pytest.mark.parametrize("heads, alpha, lam", [(0, 1.0, 1.0), (-1, 1.0, 1.0), (1, 0.5, 1.5), (2, 1.0, 0.0)])
 def test_long_sequences(B, T, H, dtype, rounding, heads, alpha, lam):
-    """Against the stored matrix in float64, and no further from it than the framework's kernels in the same precision; and again, to the bit."""
+    """Against the stored matrix in float64; and again, to the bit."""
     qkv, direction = draw(B, T, H, dtype)
     form = None, 1.0, H, alpha, lam, heads % (H + 1), True
-    assert fused_attention.applies(T, 64, True, 0.0, fused_attention.takes_long(qkv.device, dtype))
+    assert fused_attention.applies(T, 64, True, 0.0, fused_attention.takes_long(qkv.device, dtype, heads != 0))
     y = PackedAttention.apply(qkv, *form)
     (y * direction).sum().backward()  # not y.backward(direction): in a thread of its own, a launch by TMA may not be the first
     exact = qkv.detach().double().requires_grad_()
@@ -119,14 +120,14 @@ def test_a_network_of_long_sequences(monkeypatch, arm, on_gpu):
     network, exact, calls = GPT(config).to(DEVICE), GPT(config).to(DEVICE).double(), []
     fused.accelerate(network, torch.bfloat16 if on_gpu else torch.float32)
     kept = fused_attention._backward_long
-    monkeypatch.setattr(fused_attention, "_backward_long", lambda *given: calls.append(given[0].dtype) or kept(*given))
+    monkeypatch.setattr(fused_attention, "_backward_long", lambda *given, **most: calls.append((given[0].dtype, *most)) or kept(*given, **most))
     idx = torch.randint(40, (3, 384), device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=on_gpu):
         loss = network(idx, idx)[1]
         loss.backward()
     reference = exact(idx, idx)[1]
     reference.backward()
-    assert calls == [torch.bfloat16] * (2 * on_gpu)
+    assert [call for call in calls if len(call) == 1] == [(torch.bfloat16,)] * (2 * on_gpu)  # beside the trial's
     assert abs(float(loss) - float(reference)) < (2e-3 if on_gpu else 1e-5)
     for (name, ours), theirs in zip(network.named_parameters(), exact.parameters(), strict=True):
         error = float((ours.grad - theirs.grad).norm() / theirs.grad.norm())
@@ -135,7 +136,10 @@ def test_a_network_of_long_sequences(monkeypatch, arm, on_gpu):
 
 @pytest.mark.skipif(HOPPER, reason="for elsewhere")
 def test_long_sequences_are_the_framework_s_elsewhere():
-    assert not fused_attention.takes_long(torch.device(DEVICE), torch.bfloat16)
+    assert not fused_attention.takes_long(torch.device(DEVICE), torch.bfloat16, True)
+    qkv, direction = draw(1, 320, 1, torch.float32)
+    y = PackedAttention.apply(qkv, None, 1.0, 1, 1.0, 1.0, 1, True)  # asked for all the same, it is by the kernels for short ones
+    assert torch.allclose(y, exactly(qkv, None, 1.0, 1, 1.0, 1.0, 1, True), atol=1e-5)
 
 
 @pytest.mark.skipif(CUDA, reason="with the kernels for short sequences in the place of Hopper's, in the interpreter")
@@ -145,6 +149,7 @@ def test_long_sequences_in_float32_are_the_framework_s(monkeypatch):
     fused.accelerate(network, torch.float32)
     attention, calls = network.transformer.h[0].attn, []
     attention.long = True
+    monkeypatch.setattr(fused_attention, "_long", lambda *_: True)
     monkeypatch.setattr(fused_attention, "_forward_long", lambda qkv, *form: calls.append(1) or fused_attention._forward(qkv, None, 1.0, *form, True))
     x = torch.randn(1, 384, 64, device=DEVICE)
     reference = attention.branch(x)
@@ -156,29 +161,63 @@ def test_long_sequences_in_float32_are_the_framework_s(monkeypatch):
     assert calls == [1]
 
 
-@pytest.mark.parametrize("wrong", [0, 1])
-@pytest.mark.parametrize("raises", [False, True])
-def test_long_sequences_are_the_framework_s_where_the_trial_fails(monkeypatch, capsys, wrong, raises):
+@pytest.mark.parametrize("wrong", ["", "y", "out", "lse", "dqkv", "raises"])
+@pytest.mark.parametrize("diffuses", [False, True])
+def test_long_sequences_are_the_framework_s_where_the_trial_fails(monkeypatch, capsys, wrong, diffuses):
     """With the kernels for short sequences in the place of Hopper's, in the interpreter on a CPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    device = type("Device", (), {"type": "cuda"})()
-    made = torch.arange
+    device, made, tried = type("Device", (), {"type": "cuda"})(), torch.arange, []
     monkeypatch.setattr(torch, "arange", lambda n, device: made(n, device=DEVICE, dtype=torch.float32))
 
-    def forward(qkv, *form):
-        if raises and wrong:
-            raise RuntimeError("no such instruction\nand more")
-        return fused_attention._forward(qkv, None, 1.0, *form, True)
+    def off(name, x):
+        """x with one block of it off, if it is the wrong one."""
+        if name == wrong:
+            x[..., 64:128, :] += 0.1
+        return x
 
-    def backward(dout, qkv, y, lse, *form):
-        return fused_attention._backward(dout, qkv, None, y, lse, 1.0, *form, True) + wrong * 0.1
+    def forward(qkv, *form, most):
+        tried.append((form[3], most))
+        if wrong == "raises":
+            raise RuntimeError("no such instruction\nand more")
+        y, out, lse = fused_attention._forward(qkv, None, 1.0, *form, True)
+        return off("y", y), off("out", out) if form[3] else out, off("lse", lse[..., None])[..., 0]
+
+    def backward(dout, qkv, y, lse, *form, most):
+        return off("dqkv", fused_attention._backward(dout, qkv, None, y, lse, 1.0, *form, True))
 
     monkeypatch.setattr(fused_attention, "_forward_long", forward)
     monkeypatch.setattr(fused_attention, "_backward_long", backward)
-    assert fused_attention.takes_long.__wrapped__(device, torch.float16) is not wrong
+    fails = bool(wrong) and (wrong != "out" or diffuses)
+    assert fused_attention.takes_long.__wrapped__(device, torch.float16, diffuses) is not fails
+    assert tried == [(int(diffuses), 2)]
     said = capsys.readouterr().out
-    assert said.count("\n") == wrong
-    assert not wrong or ("RuntimeError: no such instruction" if raises else "its results are wrong") in said
+    assert said.count("\n") == fails
+    assert not fails or ("RuntimeError: no such instruction" if wrong == "raises" else "its results are wrong") in said
+
+
+@pytest.mark.parametrize(
+    "changes, long",
+    [({}, True), ({"block_size": 320}, False), ({"block_size": 256}, False), ({"dropout": 0.1}, False), ({"n_head": 4}, False)],
+)
+def test_which_networks_take_long_sequences(monkeypatch, changes, long):
+    """And whether the trial is one with diffusing heads, by layer; bench.py's arm `apart` has none."""
+    import bench
+
+    tried = []
+    monkeypatch.setattr(fused_attention, "takes_long", lambda device, dtype, diffuses: tried.append(diffuses) or True)
+    config = {"block_size": 384, "vocab_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 128, "diffusion": True, "diffusion_heads": (0, 2)} | changes
+
+    def build(*_):
+        network = GPT(GPTConfig(**config))
+        fused.accelerate(network, torch.bfloat16)
+        return [block.attn.long for block in network.transformer.h]
+
+    assert build() == [long] * 2 and tried == [False, True] * long
+    monkeypatch.setattr(bench, "build", build)
+    place = type("Place", (), {"device": torch.device("cuda")})()
+    kept = fused_products.applies, fused_attention.takes_long
+    assert bench.apart(None, place, None) == [False, False]
+    assert (fused_products.applies, fused_attention.takes_long) == kept
 
 
 @needs_hopper
