@@ -95,8 +95,28 @@ def _weigh(s, o, largest, total, factor, left: gl.constexpr, dtype: gl.constexpr
 
 
 @gluon.jit
+def _block(group: gl.constexpr, sums, largest, total, seen, qs, ks, vs, q_free, k_full, v_full, free, step, later, factor, left: gl.constexpr,
+           MASKED: gl.constexpr, SLOTS: gl.constexpr):  # fmt: skip
+    """Adds a block to the sums of half `group`; that product is under way before and after. The `MASKED` block is the last that reads the queries."""
+    form: gl.constexpr = left.parent
+    nothing = gl.zeros((BLOCK, BLOCK), gl.float32, form)
+    slot = step % SLOTS
+    mbarrier.wait(k_full.index(slot), step // SLOTS & 1)
+    logits = warpgroup_mma(qs.index(group), ks.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    s, o = warpgroup_mma_wait(num_outstanding=0, deps=(logits, sums))
+    barrier()
+    mbarrier.arrive(free.index((step + SLOTS - 1) % SLOTS), count=1, pred=later)
+    if MASKED:
+        mbarrier.arrive(q_free, count=1)
+        s = gl.where(seen, s, -float("inf"))
+    p, o, largest, total = _weigh(s, o, largest, total, factor, left, qs.dtype)
+    mbarrier.wait(v_full.index(slot), step // SLOTS & 1)
+    return warpgroup_mma(p, vs.index(slot), o, is_async=True), largest, total
+
+
+@gluon.jit
 def _half_tiles(group: gl.constexpr, qs, ks, vs, ys, outs, q_full, q_free, k_full, v_full, free, y, out, lse_ptr, T, H, items, scale, alpha, lam,
-            FIRST, D: gl.constexpr, DIFFUSES: gl.constexpr, SLOTS: gl.constexpr):  # fmt: skip
+                FIRST, D: gl.constexpr, DIFFUSES: gl.constexpr, SLOTS: gl.constexpr):  # fmt: skip
     """Half `group` of each tile."""
     form: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=form, k_width=2)
@@ -104,7 +124,6 @@ def _half_tiles(group: gl.constexpr, qs, ks, vs, ys, outs, q_full, q_free, k_ful
     factor = scale * LOG2E
     i = gl.arange(0, BLOCK, gl.SliceLayout(1, form))
     seen = gl.arange(0, BLOCK, gl.SliceLayout(0, form))[None, :] <= i[:, None]
-    nothing = gl.zeros((BLOCK, BLOCK), gl.float32, form)
     step = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -115,26 +134,13 @@ def _half_tiles(group: gl.constexpr, qs, ks, vs, ys, outs, q_full, q_free, k_ful
         sums = warpgroup_mma_init(gl.zeros((BLOCK, D), gl.float32, form))
         mbarrier.wait(q_full, turn & 1)
         for start in range(0, time, BLOCK):
-            slot = step % SLOTS
-            mbarrier.wait(k_full.index(slot), step // SLOTS & 1)
-            logits = warpgroup_mma(qs.index(group), ks.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            s, o = warpgroup_mma_wait(num_outstanding=0, deps=(logits, sums))
-            barrier()
-            mbarrier.arrive(free.index((step + SLOTS - 1) % SLOTS), count=1, pred=start > 0)
-            p, o, largest, total = _weigh(s, o, largest, total, factor, left, dtype)
-            mbarrier.wait(v_full.index(slot), step // SLOTS & 1)
-            sums = warpgroup_mma(p, vs.index(slot), o, is_async=True)
+            sums, largest, total = _block(group, sums, largest, total, seen, qs, ks, vs, q_free, k_full, v_full, free, step, start > 0, factor, left,
+                                          False, SLOTS)  # fmt: skip
             step += 1
+        sums, largest, total = _block(
+            group, sums, largest, total, seen, qs, ks, vs, q_free, k_full, v_full, free, step, time > 0, factor, left, True, SLOTS
+        )
         slot = step % SLOTS
-        mbarrier.wait(k_full.index(slot), step // SLOTS & 1)
-        logits = warpgroup_mma(qs.index(group), ks.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        s, o = warpgroup_mma_wait(num_outstanding=0, deps=(logits, sums))
-        barrier()
-        mbarrier.arrive(free.index((step + SLOTS - 1) % SLOTS), count=1, pred=time > 0)
-        mbarrier.arrive(q_free, count=1)
-        p, o, largest, total = _weigh(gl.where(seen, s, -float("inf")), o, largest, total, factor, left, dtype)
-        mbarrier.wait(v_full.index(slot), step // SLOTS & 1)
-        sums = warpgroup_mma(p, vs.index(slot), o, is_async=True)
         o = warpgroup_mma_wait(num_outstanding=0, deps=(sums,))
         gl.store(lse_ptr + which * T + time + i, largest * factor + gl.log2(total))
         tma.store_wait(0)  # of the tile before, from the same place
@@ -163,7 +169,7 @@ def _half_tiles(group: gl.constexpr, qs, ks, vs, ys, outs, q_full, q_free, k_ful
 
 @gluon.jit(do_not_specialize=SIZES)
 def _attend_long(qkv, y, out, lse_ptr, T, H, items, scale, alpha, lam, FIRST, C, D: gl.constexpr, DIFFUSES: gl.constexpr,
-             SLOTS: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+                 SLOTS: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     qs = gl.allocate_shared_memory(qkv.dtype, [TILE // BLOCK, BLOCK, D], qkv.layout)
     ks = gl.allocate_shared_memory(qkv.dtype, [SLOTS, BLOCK, D], qkv.layout)
     vs = gl.allocate_shared_memory(qkv.dtype, [SLOTS, BLOCK, D], qkv.layout)
