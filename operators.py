@@ -1,7 +1,9 @@
-"""Functions as operators that the compiler calls and does not look into: what fused*.py and prior.py declare their kernels with."""
+"""Functions as operators that the compiler calls and does not look into: what fused*.py and prior.py declare their kernels with; trials of some."""
 
 import torch
 from torch.library import custom_op
+
+from place import say
 
 OPERATORS = []
 
@@ -25,3 +27,21 @@ def make_known():
     for known in OPERATORS:
         if known._opoverload not in lowerings:
             make_fallback(known._opoverload, warn=False)
+
+
+def trusted(pairs, note: str) -> bool:
+    """Whether the `pairs()` of a kernel's result and its reference are alike; where not, or where that raises, says the note and why.
+
+    For kernels in Gluon, an experimental part of Triton, of which another release may fail in any way.
+    """
+    bounds = {torch.float32: 0.001}  # of the error, relative and absolute; else, in half precision, 0.02
+    try:
+        right = all(torch.allclose(ours, other, rtol=(bound := bounds.get(ours.dtype, 0.02)), atol=bound) for ours, other in pairs())
+        why = "its results are wrong"
+    except Exception as e:
+        right, why = False, f"{type(e).__name__}: {e}".splitlines()[0]
+    if not right:
+        import triton
+
+        say(f"note: {note}, with Triton {triton.__version__}: {why}")
+    return right
