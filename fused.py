@@ -340,18 +340,18 @@ class GELU(nn.GELU):
 
 
 class _MLP(torch.autograd.Function):
-    """(N, C) -> (N, C) with GELU inside the products; weights in float32 and their casts, (4 C, C) and (C, 4 C). Without `train` h is not kept."""
+    """(N, C) -> (N, C) with GELU inside the products; weights in float32 and their casts, (4 C, C) and (C, 4 C). Without `train` no slope is kept."""
 
     @staticmethod
     def forward(ctx, x, up, up_half, down, down_half, train):
-        g, h = linear_gelu(x, up_half, train)
-        ctx.save_for_backward(x, h, g, up_half, down_half)
+        g, slope = linear_gelu(x, up_half, train)
+        ctx.save_for_backward(x, slope, g, up_half, down_half)
         return g @ down_half.t()
 
     @staticmethod
     def backward(ctx, dy):
-        x, h, g, up_half, down_half = ctx.saved_tensors
-        dh = linear_gelu_backward(dy, down_half, h)
+        x, slope, g, up_half, down_half = ctx.saved_tensors
+        dh = linear_gelu_backward(dy, down_half, slope)
         return dh @ up_half, weight_gradient(dh, x), None, weight_gradient(dy, g), None, None
 
 

@@ -3,7 +3,7 @@ three different tasks; for fused.py and fused_products.py.
 
     1 warp       loads tiles of the factors by TMA, as far ahead as there are slots
     8 warps      multiply, and leave each finished tile in shared memory in half precision
-    8 warps      store it, as it is, with GELU or multiplied by GELU's derivative, while the next tile is being multiplied
+    8 warps      store it, as it is, or GELU of it and its derivative, or multiplied by that, while the next tile is being multiplied
 
 So the arithmetic costs the tensor cores little, and a tile can be as large as registers allow. Without GELU this product is as fast as cuBLAS's. What
 is left is mostly memory's: a second matrix stored forward, one more read backward. Triton's interpreter knows no Gluon.
@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fused_products import slope, value
+from fused_products import value_and_slope
 from place import processors
 
 # the newer names first: Gluon is an experimental part of Triton, which this was compiled with from 3.6 to 3.9
@@ -24,7 +24,7 @@ ROWS, COLUMNS, INNER = 128, 256, 64
 # Slots of the load queue, all that fit beside the finished tile; warps that finish, and their registers a thread: of the 96 that a thread of 20 warps
 # starts with, those who multiply get 160. An instruction for all 256 columns would need 154 at the start, so two make the tile.
 SLOTS, FINISHERS, REGISTERS = 3, 8, 64
-PIECE = {False: 32, True: 16}  # rows of a tile finished at a time, forward and backward: the most that leaves those registers enough
+PIECE = 32  # rows of a tile finished at a time; GELU's end keeps some numbers in memory then, and is faster than by 16
 
 
 @gluon.jit
@@ -86,9 +86,9 @@ def _multiply(lefts, rights, whole, full, free, made, taken, rows, columns, step
 
 
 @gluon.jit
-def _finish(whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS: gl.constexpr, COLUMNS: gl.constexpr, PIECE: gl.constexpr,
+def _finish(whole, made, taken, slope_ptr, out_ptr, rows, columns, ROWS: gl.constexpr, COLUMNS: gl.constexpr, PIECE: gl.constexpr,
             END: gl.constexpr, KEEP: gl.constexpr):  # fmt: skip
-    """Stores the tile, or h (with KEEP) and its GELU, or the tile times GELU's derivative at h; PIECE rows at a time, each by one warp at once."""
+    """Stores the tile, or GELU of it and (with KEEP) the slope, or the tile times such slopes; PIECE rows at a time, each by one warp at once."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
     across = gl.cdiv(columns, COLUMNS)
     turn = 0
@@ -99,7 +99,7 @@ def _finish(whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS: gl.constexp
             i = (row + piece * PIECE).to(gl.int64) * columns + column
             mask = (row + piece * PIECE < rows) & (column < columns)
             if END == "slope":
-                x = gl.load(h_ptr + i, mask=mask, other=0.0).to(gl.float32)  # before the wait, beside which it arrives
+                slope = gl.load(slope_ptr + i, mask=mask, other=0.0)  # before the wait, beside which it arrives
             if piece == 0:
                 mbarrier.wait(made, turn & 1)
             half = whole.slice(piece * PIECE, PIECE, dim=0).load(layout)
@@ -107,18 +107,19 @@ def _finish(whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS: gl.constexp
                 barrier()
                 mbarrier.arrive(taken, count=1)
             if END == "slope":
-                gl.store(out_ptr + i, (half.to(gl.float32) * slope(x)).to(half.dtype), mask=mask)
+                gl.store(out_ptr + i, (half.to(gl.float32) * slope.to(gl.float32)).to(half.dtype), mask=mask)
             elif END == "plain":
                 gl.store(out_ptr + i, half, mask=mask)
             else:
+                value, slope = value_and_slope(half.to(gl.float32))
+                gl.store(out_ptr + i, value.to(half.dtype), mask=mask)
                 if KEEP:
-                    gl.store(h_ptr + i, half, mask=mask)
-                gl.store(out_ptr + i, value(half.to(gl.float32)).to(half.dtype), mask=mask)
+                    gl.store(slope_ptr + i, slope.to(gl.float16), mask=mask)
         turn += 1
 
 
 @gluon.jit
-def _product(a, a1, a2, b, h_ptr, out_ptr, rows, columns, inner, PARTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+def _product(a, a1, a2, b, slope_ptr, out_ptr, rows, columns, inner, PARTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
              INNER: gl.constexpr, PIECE: gl.constexpr, SLOTS: gl.constexpr, FINISHERS: gl.constexpr, REGISTERS: gl.constexpr,
              END: gl.constexpr, KEEP: gl.constexpr):  # fmt: skip
     """a (rows, inner) times b, for the END "gelu" (columns, inner), else (inner, columns), TMA descriptors; tile by tile, finished as above. With
@@ -160,7 +161,7 @@ def _product(a, a1, a2, b, h_ptr, out_ptr, rows, columns, inner, PARTS: gl.const
                     END == "gelu",
                 ),
             ),
-            (_finish, (whole, made, taken, h_ptr, out_ptr, rows, columns, ROWS, COLUMNS, PIECE, END, KEEP)),
+            (_finish, (whole, made, taken, slope_ptr, out_ptr, rows, columns, ROWS, COLUMNS, PIECE, END, KEEP)),
             (_load, (a, a1, a2, b, lefts, rights, full, free, rows, columns, inner, PARTS, ROWS, COLUMNS, INNER, SLOTS, END == "gelu")),
         ],
         [FINISHERS, 1],
@@ -168,18 +169,18 @@ def _product(a, a1, a2, b, h_ptr, out_ptr, rows, columns, inner, PARTS: gl.const
     )
 
 
-def product(parts, b, out, end: str = "plain", h=None):
+def product(parts, b, out, end: str = "plain", slope=None):
     """Matrices (N, K) side by side, one or three, times b with a row for every column of them, for the end "gelu" b (M, K): fills out (N, M).
 
-    The end "gelu" fills h, unless it is empty, and stores GELU of it; "slope" stores the product times GELU's derivative at h.
+    The end "gelu" stores GELU of the product and fills slope, unless it is empty, with its derivative; "slope" stores the product times slope.
     """
     rows, columns = out.shape
     shape = [COLUMNS, INNER] if end == "gelu" else [INNER, COLUMNS]
     form = gl.NVMMASharedLayout.get_default_for([ROWS, INNER], gl.bfloat16)  # of float16 too: the size of an element counts
     left = [TensorDescriptor.from_tensor(part, [ROWS, INNER], form) for part in parts]
-    right, h = TensorDescriptor.from_tensor(b, shape, form), out.new_empty(0) if h is None else h
+    right, slope = TensorDescriptor.from_tensor(b, shape, form), out.new_empty(0) if slope is None else slope
     tiles = -(-rows // ROWS) * -(-columns // COLUMNS)
-    sizes = ROWS, COLUMNS, INNER, PIECE[end == "slope"], SLOTS, FINISHERS, REGISTERS
+    sizes = ROWS, COLUMNS, INNER, PIECE, SLOTS, FINISHERS, REGISTERS
     grid = (min(tiles, processors(out.device)),)
     left = (left * 3)[:3]  # pointers of one factor alone are not followed
-    _product[grid](*left, right, h, out, rows, columns, parts[0].size(1), len(parts), *sizes, end, h.numel() > 0, num_warps=8)
+    _product[grid](*left, right, slope, out, rows, columns, parts[0].size(1), len(parts), *sizes, end, slope.numel() > 0, num_warps=8)

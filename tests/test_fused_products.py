@@ -36,15 +36,26 @@ def slope(h):
         return torch.autograd.grad(F.gelu(h).sum(), h)[0]
 
 
+def plain_product(x, right):
+    """x right, rounded to x's dtype, by the same kernel without an end."""
+    from fused_products_hopper import product
+
+    out = torch.empty(len(x), right.size(1), dtype=x.dtype, device=x.device)
+    product([x], right.contiguous(), out)
+    return out
+
+
 @needs_hopper
 @dtypes
 @shapes
 def test_product_and_gelu(N, C, M, dtype, rounding):
     x, up, _ = draw(N, C, M, dtype)
-    g, h = fused_products.linear_gelu(x, up, True)
-    assert h.shape == g.shape == (N, M) and h.dtype == g.dtype == dtype
+    g, kept = fused_products.linear_gelu(x, up, True)
+    assert kept.shape == g.shape == (N, M) and g.dtype == dtype and kept.dtype == torch.float16
+    h = plain_product(x, up.t())
     close(h, x.double() @ up.double().t(), rounding, 2e-5)  # beside the rounding of the result, that of a sum in float32
     assert torch.equal(g, fused_products.gelu(h))
+    close(kept, slope(h), 2**-11, 1e-6)  # the formula's error, beside the rounding's
     alone, nothing = fused_products.linear_gelu(x, up, False)
     assert torch.equal(alone, g) and nothing.numel() == 0
 
@@ -54,18 +65,18 @@ def test_product_and_gelu(N, C, M, dtype, rounding):
 @shapes
 def test_product_times_the_derivative(N, C, M, dtype, rounding):
     dy, _, down = draw(N, C, M, dtype)
-    h = (2 * torch.randn(N, M, device=DEVICE)).to(dtype)
-    ours = fused_products.linear_gelu_backward(dy, down, h)
-    assert ours.shape == h.shape and ours.dtype == dtype
-    close(ours, dy.double() @ down.double() * slope(h), 2 * rounding, 2e-5)  # rounded as a product, and once more
-    assert torch.equal(ours, fused_products.linear_gelu_backward(dy, down, h))
+    kept = slope(2 * torch.randn(N, M, device=DEVICE)).half()
+    ours = fused_products.linear_gelu_backward(dy, down, kept)
+    assert ours.shape == kept.shape and ours.dtype == dtype
+    close(ours, dy.double() @ down.double() * kept.double(), 2 * rounding, 2e-5)  # rounded as a product, and once more
+    assert torch.equal(ours, (plain_product(dy, down).float() * kept.float()).to(dtype))
 
 
 @pytest.fixture
 def plain(monkeypatch):
     """The two operators by plain torch, in the dtype of their arguments."""
-    monkeypatch.setattr(fused, "linear_gelu", lambda x, weight, keep: (F.gelu(x @ weight.t()), x @ weight.t() if keep else x.new_empty(0)))
-    monkeypatch.setattr(fused, "linear_gelu_backward", lambda dy, weight, h: (dy @ weight) * slope(h).to(dy.dtype))
+    monkeypatch.setattr(fused, "linear_gelu", lambda x, weight, keep: (F.gelu(x @ weight.t()), slope(x @ weight.t()).to(x.dtype)))
+    monkeypatch.setattr(fused, "linear_gelu_backward", lambda dy, weight, kept: (dy @ weight) * kept)
 
 
 def test_gradients_go_where_they_belong(plain):
@@ -177,11 +188,11 @@ def test_products_that_fail_or_are_wrong_are_not_used(plain, monkeypatch, capsys
         if isinstance(wrong, str):
             raise RuntimeError(wrong)
         h = x @ weight.t() * (wrong or 1)
-        return fused_products.gelu(h), h
+        return fused_products.gelu(h), slope(h).half()
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(fused_products, "linear_gelu", product)
-    monkeypatch.setattr(fused_products, "linear_gelu_backward", lambda dy, weight, h: fused_products.gelu_backward(dy @ weight, h))
+    monkeypatch.setattr(fused_products, "linear_gelu_backward", lambda dy, weight, kept: (dy @ weight) * kept.to(dy.dtype))
     monkeypatch.setattr(fused_products, "product_of_three", lambda a, b, c, weight: torch.cat((a, b, c), dim=1) @ weight * wrong_of_three)
     assert fused_products._works.__wrapped__(torch.device(DEVICE), torch.float32) is expected
     out = capsys.readouterr().out
@@ -237,5 +248,5 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
     checks = ("test_schema", "test_faketensor")
     for keep in (True, False):
         torch.library.opcheck(fused_products.linear_gelu, (x, up, keep), test_utils=checks)
-    torch.library.opcheck(fused_products.linear_gelu_backward, (x, down, torch.randn(6, 64, device=DEVICE).to(x.dtype)), test_utils=checks)
+    torch.library.opcheck(fused_products.linear_gelu_backward, (x, down, torch.rand(6, 64, device=DEVICE).half()), test_utils=checks)
     torch.library.opcheck(fused_products.product_of_three, (x, x, x, torch.randn(48, 24, device=DEVICE).to(x.dtype)), test_utils=checks)
