@@ -32,6 +32,7 @@ DATA_STREAM = 1  # SeedSequence keys (seed, stream, step): train.py's dropout is
 HASH_AT_LOAD = 1 << 30  # bytes; larger .bin files are checked by size alone, hashing 18 GB would hold up the start (their token ids: see Tokens)
 REPLACED = ".meta.json.tmp"  # meta.json of a data set that is being replaced
 SCAN = 1 << 26  # tokens that are looked at together
+TABLE = 1 << 26  # bytes that the table of all windows of a picture may take; imagenet16's take 205 kB, 64 x 64 pixels with shifts up to 8 38 MB
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -382,6 +383,9 @@ class Tokens:
 class Pictures:
     """The two splits of a data set of square pictures, uint8, on `device`; augmentation and normalisation are vectorised there.
 
+    A batch is small, so that on a GPU it costs what its kernels cost to start. Hence tables, made once: of every byte's normalised value in every
+    channel, by `normalise` itself and so equal to the bit, and of the pixels that every window takes. A training batch is six kernels.
+
     Attributes: n_classes, image_size, checksum, tokenizer (what a checkpoint needs to name classes and to normalise), block_size (patches of a
     picture). Raises InputError for a missing or damaged data set.
     """
@@ -418,7 +422,13 @@ class Pictures:
         self.mean, self.std = scale[0], scale[1].clamp(min=1 / 255)  # a channel may be constant
         self.block_size = (self.image_size // patch_size) ** 2
         self.home = self.device
-        self.span = torch.arange(self.image_size, device=device)
+        every = torch.arange(256, dtype=torch.uint8, device=device).expand(1, 3, 1, 256)
+        known = self.normalise(every).view(1, 3, 256)
+        self.values = torch.cat((known, torch.zeros_like(known)), dim=2)  # (1, 3, 512): code -> value of a channel, 0 from 256 on
+        shifts = torch.arange(-pad, pad + 1).roll(-pad)  # 0..pad, -pad..-1: a negative shift is an index from the end
+        self.windows = None  # (2 pad + 1, 2 pad + 1, flips, 2, S S) of `_window` by vertical shift, horizontal shift and flip
+        if 16 * len(shifts) ** 2 * (1 + flip) * self.image_size**2 <= TABLE:
+            self.windows = self._window(shifts[:, None, None, None], shifts[:, None, None], torch.arange(1 + flip)[:, None]).to(device)
 
     def draw(self, seed: int, step: int, rows: int) -> np.ndarray:
         """(rows, 4) int64: picture, vertical and horizontal shift in -pad..pad, flip in 0..1. A pure function of its arguments."""
@@ -432,20 +442,38 @@ class Pictures:
         """uint8 (B, 3, S, S) -> float32, mean 0 and standard deviation 1 per channel over the training pictures."""
         return (pictures.float() / 255 - self.mean) / self.std
 
-    def batch(self, drawn):
-        """(B, 4) draws -> augmented pictures (B, 3, S, S) float32 and labels (B,) int64. What a shift brings in from outside is the mean colour."""
+    def _window(self, down, right, flip):
+        """Shifts and flip, (..., 1) int64 each -> (..., 2, S S) int64: the pixel, counted from 0 row by row, of which each pixel of the window is a
+        copy, and what is to be added to its value, 256 where it is outside and any pixel will do."""
         import torch
 
+        S = self.image_size
+        span = torch.arange(S, device=down.device)
+        rows, columns = span + down, span + right  # (..., S)
+        columns = torch.where(flip == 1, S - 1 - columns, columns)
+        rows, columns = rows[..., :, None], columns[..., None, :]
+        inside = (rows >= 0) & (rows < S) & (columns >= 0) & (columns < S)  # (..., S, S)
+        return torch.stack(((rows * S + columns) * inside, 256 * ~inside), dim=-3).flatten(-2)
+
+    def _look_up(self, codes):
+        """(B, 3, S S) int64, values of pixels or 256 and more -> (B, 3, S, S) float32: normalised, 0 from 256 on."""
+        S = self.image_size
+        return self.values.expand(len(codes), -1, -1).gather(2, codes).view(-1, 3, S, S)
+
+    def batch(self, drawn):
+        """(B, 4) draws -> augmented pictures (B, 3, S, S) float32 and labels (B,) int64. What a shift brings in from outside is the mean colour.
+
+        Shifts beyond -pad..pad are not drawn and must not be asked for.
+        """
         pictures, labels = self.split["train"]
-        which, flip = drawn[:, 0], drawn[:, 3:] == 1
-        last = self.image_size - 1
-        rows, columns = self.span + drawn[:, 1:2], self.span + drawn[:, 2:3]  # (B, S)
-        columns = torch.where(flip, last - columns, columns)
-        inside = ((rows >= 0) & (rows <= last))[:, :, None] & ((columns >= 0) & (columns <= last))[:, None, :]  # (B, S, S)
-        rows, columns = rows.clamp(0, last), columns.clamp(0, last)
-        channels = torch.arange(3, device=self.device)[None, :, None, None]
-        chosen = pictures[which[:, None, None, None], channels, rows[:, None, :, None], columns[:, None, None, :]]  # (B, 3, S, S)
-        return self.normalise(chosen) * inside[:, None], labels[which]
+        which, down, right, flip = drawn.unbind(1)
+        if self.windows is None:
+            window = self._window(down[:, None], right[:, None], flip[:, None])
+        else:
+            window = self.windows[down, right, flip]  # (B, 2, S S)
+        place, add = window[:, :1], window[:, 1:]
+        pixels = pictures[which].flatten(2)  # (B, 3, S S)
+        return self._look_up(pixels.gather(2, place.expand_as(pixels)) + add), labels[which]
 
     def validation(self, batch_size: int, eval_tokens: int = 0, rank: int = 0, world: int = 1):
         """Yields (pictures, labels, number of them) over the validation set in order, this rank's share; the last batch is filled with label -1.
@@ -461,11 +489,13 @@ class Pictures:
             chosen = np.linspace(0, len(pictures) - 1, wanted).round().astype(np.int64)
         most = -(-len(chosen) // world)  # every process yields as many batches, the last perhaps without a picture: sharded models run in step
         chosen = chosen[rank::world]
-        for first in range(0, most, batch_size):
-            part = chosen[first : first + batch_size]
-            index = torch.from_numpy(np.resize(part, batch_size) if len(part) else np.zeros(batch_size, dtype=np.int64)).to(self.device)
-            filled = torch.arange(batch_size, device=self.device) >= len(part)
-            yield self.normalise(pictures[index]), labels[index].masked_fill(filled, -1), len(part)
+        starts = range(0, most, batch_size)
+        index = np.full(len(starts) * batch_size, -1)
+        index[: len(chosen)] = chosen
+        index = torch.from_numpy(index.reshape(-1, batch_size)).to(self.device)  # at once: a copy per batch would wait for the batch before
+        targets = labels[index].masked_fill(index < 0, -1)  # where there is no picture, the last one stands without a label
+        for first, which, y in zip(starts, index, targets):
+            yield self._look_up(pictures[which].flatten(2).long()), y, min(max(len(chosen) - first, 0), batch_size)
 
 
 def load(config: TrainConfig, device) -> Tokens | Pictures:

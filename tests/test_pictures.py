@@ -15,8 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import build, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import dataset
 import train
 from configurator import InputError, TrainConfig
 from dataset import Pictures, Tokens, load, meta_json
@@ -124,7 +126,7 @@ def test_without_augmentation_nothing_is_shifted_or_flipped(noise):
 
 
 def test_a_batch_equals_the_loops_over_pixels(noise):
-    data = Pictures(noise, 2, 2, True, "cpu")
+    data = Pictures(noise, 2, 9, True, "cpu")
     pictures, labels = raw(noise, "train")
     draws = [(i % 20, down, right, flip) for i, (down, right, flip) in enumerate(np.ndindex(5, 5, 2))]
     draws = [(which, down - 2, right - 2, flip) for which, down, right, flip in draws]
@@ -136,6 +138,64 @@ def test_a_batch_equals_the_loops_over_pixels(noise):
     assert np.abs(x.numpy() - expected).max() < 1e-6
     assert np.array_equal(x.numpy() == 0, expected == 0)  # the mean colour outside is exactly 0, and no pixel of the picture is
     assert not x[51:].any()  # nothing of these three is left
+
+
+def picture_by_numpy(data: Pictures, picture: np.ndarray, down: int, right: int, flip: int) -> np.ndarray:
+    """Mirrored, padded, cut and scaled in float32, in this order of operations; the padding is 0 after the scaling."""
+    picture = picture[:, :, ::-1] if flip else picture
+    scaled = (picture.astype(np.float32) / np.float32(255) - data.mean.numpy()) / data.std.numpy()
+    size, pad = picture.shape[-1], max(abs(down), abs(right))
+    return np.pad(scaled, ((0, 0), (pad, pad), (pad, pad)))[:, pad + down : pad + down + size, pad + right : pad + right + size]
+
+
+@pytest.mark.parametrize("table", [True, False], ids=["table", "computed"])
+@pytest.mark.parametrize("pad, flip", [(0, False), (0, True), (1, False), (3, True), (8, True)])
+@pytest.mark.parametrize("size", [1, 5, 8])
+def test_a_batch_equals_padding_cutting_and_mirroring_to_the_bit(size, pad, flip, table, tmp_path, monkeypatch):
+    """Every shift and both directions; the other way round, draws that are made cover just these."""
+    directory = prepared(tmp_path, random_pictures(11, size, 6), np.arange(11) % 3, random_pictures(2, size, 7), [0, 1], 3)
+    monkeypatch.setattr(dataset, "TABLE", 16 * (2 * pad + 1) ** 2 * (1 + flip) * size**2 - (not table))  # bytes: just enough, or one too few
+    data, pictures = Pictures(directory, 1, pad, flip, "cpu"), raw(directory, "train")[0]
+    assert (data.windows is None) == (not table)
+    if table:
+        assert data.windows.nbytes == dataset.TABLE
+    draws = [(i % 11, down - pad, right - pad, mirrored) for i, (down, right, mirrored) in enumerate(np.ndindex(2 * pad + 1, 2 * pad + 1, 1 + flip))]
+    x, y = data.batch(torch.tensor(draws))
+    expected = np.stack([picture_by_numpy(data, pictures[which], *how) for which, *how in draws])
+    assert x.dtype == torch.float32 and np.array_equal(x.numpy(), expected) and y.tolist() == [which % 3 for which, *_ in draws]
+    assert not pad or (expected == 0).any()
+    reach = data.draw(0, 0, 5000)[:, 1:]
+    assert np.abs(reach[:, :2]).max() == pad and reach[:, 2].max() == flip
+
+
+def test_every_byte_is_normalised_to_the_bit(noise):
+    """In training and in validation, by the arithmetic written in `normalise`."""
+    data = Pictures(noise, 3, 0, False, "cpu")
+    every = np.tile(np.arange(288, dtype=np.uint8), (3, 1)).reshape(3, 8, 6, 6).transpose(1, 0, 2, 3).copy()  # all 256 in every channel
+    data.split = {name: (torch.from_numpy(every), torch.arange(8) % 7) for name in ("train", "val")}
+    expected = (every.astype(np.float32) / np.float32(255) - data.mean.numpy()) / data.std.numpy()
+    assert np.array_equal(data.normalise(torch.from_numpy(every)).numpy(), expected)
+    assert np.array_equal(data.batch(torch.tensor([(i, 0, 0, 0) for i in range(8)]))[0].numpy(), expected)
+    (first, *_), (second, *_) = data.validation(5)
+    assert np.array_equal(torch.cat((first, second))[:8].numpy(), expected) and second.is_contiguous()
+
+
+def test_a_batch_is_few_operations(noise):
+    """Each is a kernel on a GPU, whose start takes as long as its work: six that compute, and views."""
+    data, views = Pictures(noise, 2, 2, True, "cpu"), {"unbind", "select", "slice", "view", "expand", "expand_as", "flatten", "unsqueeze", "reshape"}
+    drawn = torch.from_numpy(data.draw(0, 0, 9))
+
+    class Counted(TorchDispatchMode):
+        names = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Counted() as counted:
+        data.batch(drawn)
+    assert sorted(set(counted.names) - views) == ["add", "gather", "index"]
+    assert len([name for name in counted.names if name not in views]) == 6
 
 
 def test_no_shift_and_no_flip_is_the_picture_with_mean_0_and_deviation_1(noise):
