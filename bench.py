@@ -4,16 +4,21 @@
     python bench.py --what=train --model=gpt2 --batch_size=64 --profile=True
     python bench.py --what=sample --model=shakespeare_char
     python bench.py --what=train --model=quick --arms=plain,A,A-I
+    python bench.py --model=imagenet16 --arms=products,A,A-I
     python bench.py --what=startup --model=quick
     python bench.py --what=loader --model=gpt2 --dataset=openwebtext
     torchrun --standalone --nproc_per_node=2 bench.py --what=ddp --model=gpt2 --batch_size=64
 
 The arms take turns (A, A - I, A, A - I, ...), so that a machine whose speed drifts drifts under both; a row states the median over rounds with
 the quartiles, and the ratio to the first arm is the median of the rounds' own ratios. Building, compiling and two warm-up turns are not counted.
+With `products` first the ratio is how many times as long as its matrix products alone a training step takes: those of the linear layers, by the
+library. Attention's own products are not among them; `products+attention` has them too, as batched products that write T x T matrices, which the
+kernels of attention do not: a yardstick, no bound. The barrier's products are in neither.
 Absolute times hold for one machine at one time: compare ratios within one run.
 """
 
 import dataclasses
+import functools
 import os
 import sys
 from dataclasses import dataclass
@@ -30,7 +35,10 @@ ARMS = {  # an arm's name -> its options
     "A-bf16": [("dtype", "bfloat16")],  # on a CPU, where --dtype=auto is float32
     "apart": [],  # on CUDA, A with plain products and the framework's attention, where A may have others (fused_products.py, fused_attention.py)
     "plain": [],  # A in nanoGPT's way, see `plain`
+    "products": [],  # the matrix products of A's linear layers alone, forward and backward, see `products`
+    "products+attention": [],  # and those of its attention
 }
+TRAINING = {"plain": "a training loop", "products": "a part of the training step", "products+attention": "a part of the training step"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class BenchConfig:
 
     what: str = "train"  # train, eval, sample, startup, loader (drawn batches against a fixed one), ddp (all processes of torchrun against one)
     model: str = "quick"  # a recipe: config/MODEL.py
-    arms: str = "A,A-I"  # comma-separated, of A, A-I, A+prior, A+own, A-bf16, apart and plain (nanoGPT's way); the others are compared with the first
+    arms: str = "A,A-I"  # comma-separated, of those in ARMS: A, A-I, ..., plain (nanoGPT's way), products; the others are compared with the first
     batch_size: int = 0  # sequences per step in one batch, of each process; 0: the recipe's batch and accumulation
     dataset: str = ""  # empty: the recipe's, or random data of its kind where that is not prepared
     rounds: int = 10  # turns of each arm that are counted
@@ -62,8 +70,8 @@ class BenchConfig:
         for arm in self.arms.split(","):
             if arm not in ARMS or self.arms.split(",").count(arm) > 1:
                 raise InputError(f"--arms={self.arms}: {arm!r} is none of {', '.join(ARMS)}, or is there twice")
-        if "plain" in self.arms.split(",") and self.what != "train":
-            raise InputError(f"--arms={self.arms}: plain is a training loop, for --what=train alone")
+            if arm in TRAINING and self.what != "train":
+                raise InputError(f"--arms={self.arms}: {arm} is {TRAINING[arm]}, for --what=train alone")
         for key, what in (("tokens", "sample"), ("transformers", "sample"), ("profile", "train")):
             if getattr(self, key) != getattr(BenchConfig, key) and self.what != what:
                 raise InputError(f"--{key}={getattr(self, key)} is for --what={what}, this is --what={self.what}: take it out")
@@ -89,10 +97,11 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from tabulate import tabulate
 
 from dataset import ROOT, directory_of, load, write_file, write_tokens
-from model import GPT
+from model import GPT, CausalSelfAttention, ViT
 from optimizer import learning_rate, set_learning_rate
 from parallel import gather
 from pictures import PictureWriter
@@ -101,6 +110,7 @@ from sample import generate
 from train import build, make_model
 
 CLOCK = time.perf_counter
+CHUNK = 32768  # rows of logits at a time: fused.CHUNK, which cannot be imported where there is no Triton
 # kinds of kernels (CPU: operations) by their names, the first that fits
 KERNELS = {
     "attention": r"sdpa|flash|fmha|cudnn::fusion|attention|_attend",
@@ -178,18 +188,20 @@ def spread(values) -> dict:
     return {"median": float(middle), "quartiles": [float(low), float(high)]}
 
 
-class Plain(NamedTuple):
-    """A training loop in nanoGPT's way, as a yardstick in the same run; the parts of a train.Program that the benchmark reads."""
+class Yardstick(NamedTuple):
+    """What is measured beside the program in the same run: the parts of a train.Program that the benchmark reads, and the floating-point operations
+    of a step."""
 
     config: TrainConfig
     place: Place
-    model: GPT
+    model: GPT | ViT
     tokens: int
     step: Callable
     mode: str
+    flops: float
 
 
-def plain(config: TrainConfig, place: Place) -> Plain:
+def plain(config: TrainConfig, place: Place) -> Yardstick:
     """Sequences sliced one by one from the memory-mapped file, compiled where that is the default, the logits returned, AdamW as torch has it."""
     tokens, T, B = np.memmap(directory_of(config.dataset) / "train.bin", dtype=np.uint16, mode="r"), config.block_size, config.batch_size
     model = make_model(config, load(config, torch.device("cpu")))
@@ -222,7 +234,119 @@ def plain(config: TrainConfig, place: Place) -> Plain:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Plain(config, place, model, B * T * config.gradient_accumulation_steps, step, "compiled" if compiled else "eager")
+    count = B * T * config.gradient_accumulation_steps
+    return Yardstick(config, place, model, count, step, "compiled" if compiled else "eager", count * model.flops_per_token())
+
+
+class Products:
+    """The matrix products of a model's training step on one batch, by torch's matmul; calling it does them all, in the order of the step.
+
+    Per linear layer, with N = batch_size x block_size rows (a ViT's classifier has batch_size): y = x W^T and dx = dy W in the arm's dtype, and
+    dW = dy^T x, on CUDA in float32 from matrices in half precision. There is no dx where x are the data (a ViT's patches). A GPT's output layer has
+    all three in pieces of CHUNK rows, as fused.output_loss has them. With `attention`, per head q k^T and A v and their four gradients as well, over
+    all pairs of tokens: the causal half is not left out.
+
+    Inputs are random, about 1 in size. Results of one shape share their memory, and so do the inputs. `flops` counts the operations (two for each
+    multiplication and addition).
+    """
+
+    def __init__(self, model: GPT | ViT, batch_size: int, device: torch.device, dtype: torch.dtype, attention: bool):
+        self.model, self.batch_size, self.device, self.dtype = model, batch_size, device, dtype
+        self.on_gpu = device.type == "cuda" and dtype != torch.float32  # as fused._accumulate
+        self.flops, self.matrices, self.forward, self.backward = 0, {}, [], []
+        for module in model.modules():  # an attention comes before its own two layers
+            if attention and isinstance(module, CausalSelfAttention):
+                self._attention(module)
+            if isinstance(module, nn.Linear):
+                self._output(module) if isinstance(model, GPT) and module is model.lm_head else self._linear(module)
+
+    def __call__(self):
+        for product in (*self.forward, *reversed(self.backward)):
+            product()
+
+    def _matrix(self, role: str, *shape: int, dtype: torch.dtype | None = None):
+        """The matrix (or batch of them) of a role and shape: normal numbers."""
+        key = role, shape
+        if key not in self.matrices:
+            self.matrices[key] = torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
+        return self.matrices[key]
+
+    def _weight(self, layer: nn.Linear, rows: int):
+        """A layer's own random W, (out, in) with `rows` for out, so that x W^T are about 1 in size, and the memory of dW."""
+        weight = torch.randn(rows, layer.in_features, device=self.device).mul_(layer.in_features**-0.5).to(self.dtype)
+        return weight, self._matrix("dW", *weight.shape, dtype=torch.float32 if self.on_gpu else None)
+
+    def _sum(self, dW, dy, x, add: bool = False):
+        """dW (+)= dy^T x, to be done."""
+        how = {"out_dtype": torch.float32} if self.on_gpu else {}
+        return functools.partial(torch.addmm, dW, dy.t(), x, beta=float(add), out=dW, **how)
+
+    def _linear(self, layer: nn.Linear):
+        N, reads_data = self.batch_size * self.model.config.block_size, False
+        if isinstance(self.model, ViT):
+            N, reads_data = self.batch_size if layer is self.model.lm_head else N, layer is self.model.transformer.patch
+        W, dW = self._weight(layer, layer.out_features)
+        x, dy = self._matrix("x", N, layer.in_features), self._matrix("dy", N, layer.out_features)
+        self.forward.append(functools.partial(torch.mm, x, W.t(), out=self._matrix("result", N, layer.out_features)))
+        self.backward.append(self._sum(dW, dy, x))  # backward runs from the end: dx comes first, as in the step
+        if not reads_data:
+            self.backward.append(functools.partial(torch.mm, dy, W, out=self._matrix("result", N, layer.in_features)))
+        self.flops += (2 if reads_data else 3) * 2 * N * W.numel()
+
+    def _output(self, layer: nn.Linear):
+        """As the step with pieces has it: a piece's logits are what its gradients are taken of, and W has rows added up to a multiple of 16."""
+        N, V = self.batch_size * self.model.config.block_size, layer.out_features
+        W, dW = self._weight(layer, V + -V % 16 if self.on_gpu else V)
+        x, dx = self._matrix("x", N, layer.in_features), self._matrix("result", N, layer.in_features)
+        logits = self._matrix("logits", min(N, CHUNK), len(W))
+        for first in range(0, N, CHUNK):
+            part, piece = slice(first, first + CHUNK), logits[: N - first]
+            self.forward += [
+                functools.partial(torch.mm, x[part], W.t(), out=piece),
+                functools.partial(torch.mm, piece, W, out=dx[part]),
+                self._sum(dW, piece, x[part], add=first > 0),
+            ]
+        self.flops += 3 * 2 * N * layer.weight.numel()  # the added rows are no work of the model's
+
+    def _attention(self, layer: CausalSelfAttention):
+        T, d = self.model.config.block_size, self.model.config.n_embd // layer.n_head
+        heads = self.batch_size * layer.n_head
+        q, k, v, dy = (self._matrix(role, heads, T, d) for role in ("q", "k", "v", "dy"))
+        A, dS = self._matrix("A", heads, T, T), self._matrix("dS", heads, T, T)
+        small, large = self._matrix("result", heads, T, d), self._matrix("result", heads, T, T)
+        pairs = [(q, k.mT, large), (A, v, small)], [(dS.mT, q, small), (dS, k, small), (dy, v.mT, large), (A.mT, dy, small)]  # backward: see __call__
+        for products, found in zip((self.forward, self.backward), pairs):
+            products += [functools.partial(torch.bmm, a, b, out=out) for a, b, out in found]
+        self.flops += 6 * 2 * heads * T * T * d
+
+
+def products(config: TrainConfig, place: Place, data, attention: bool) -> Yardstick:
+    """`Products` of the recipe's step, repeated for every micro-batch; on CUDA they are one CUDA graph. Nothing else of a step is in it: no data, no
+    casts of weights, no optimizer."""
+    model = make_model(config, data)
+    multiply, count = Products(model, config.batch_size, place.device, place.dtype, attention), config.gradient_accumulation_steps
+
+    def run():
+        for _ in range(count):
+            multiply()
+
+    mode, graph = f"products of linear layers{' and attention' if attention else ''} alone, by the library", None
+    if place.device.type == "cuda":
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # the library gets ready outside of the capture
+            multiply()
+            multiply()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        mode += ", one CUDA graph per step"
+
+    def step(seed: int, i: int):  # holds `run`, and with it the matrices, which the graph uses and does not keep
+        graph.replay() if graph else run()
+
+    return Yardstick(config, place, model, config.batch_size * data.block_size * count, step, mode, count * multiply.flops)
 
 
 class FixedBatch:
@@ -280,7 +404,12 @@ def programs(bench: BenchConfig, folder: Path) -> tuple[dict, dict, Place]:
             before = torch.cuda.memory_allocated() if cuda else 0
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            built[name] = plain(config, place) if arm == "plain" else (apart if arm == "apart" else build)(config, place, data)
+            if arm == "plain":
+                built[name] = plain(config, place)
+            elif arm in ("products", "products+attention"):
+                built[name] = products(config, place, data, arm == "products+attention")
+            else:
+                built[name] = (apart if arm == "apart" else build)(config, place, data)
             built[name].model.init_weights(0)
             built[name].step(0, 0)
             synchronize(place.device)
@@ -314,7 +443,10 @@ def bench_train_or_eval(bench: BenchConfig, folder: Path) -> tuple[list[dict], o
         if bench.what == "eval":
             tokens = sum(n for *_, n in program.data.validation(program.config.batch_size, program.config.eval_tokens))
             tokens *= 1 if isinstance(program.model, GPT) else program.data.block_size
-        flops = program.model.flops_per_token() * (1 / 3 if bench.what == "eval" else 1)
+        if isinstance(program, Yardstick):
+            flops = program.flops / tokens
+        else:
+            flops = program.model.flops_per_token() * (1 / 3 if bench.what == "eval" else 1)
         ms = spread([1e3 * value / count for value in seconds[arm]])
         rate = tokens / ms["median"] * 1e3
         ratio = spread(np.array(seconds[arm]) / np.array(seconds[next(iter(built))]))
@@ -472,7 +604,11 @@ def main(bench: BenchConfig):
     unit = {"eval": "ms an evaluation", "sample": "ms a token", "startup": "ms"}.get(bench.what, "ms a step")
     headers = ["arm", unit, "quartiles", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "efficiency" if bench.what == "ddp" else "ratio"]
     dtypes = " and ".join(dict.fromkeys(row.get("dtype", str(place.dtype)).removeprefix("torch.") for row in rows))
-    how = f"{place.name()}, {dtypes}, {rows[0].get('mode', 'eager')}"
+    modes = {}
+    for row in rows:
+        modes.setdefault(row.get("mode", "eager"), []).append(row["arm"])
+    how = next(iter(modes)) if len(modes) == 1 else "; ".join(f"{', '.join(arms)}: {mode}" for mode, arms in modes.items())
+    how = f"{place.name()}, {dtypes}, {how}"
     print(f"{bench.what}, {bench.model}, {how}, {bench.rounds} rounds, torch {torch.__version__}\n")
     print(tabulate(lines, headers, tablefmt="github", disable_numparse=True))
     for row in rows:

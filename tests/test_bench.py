@@ -1,5 +1,6 @@
 """bench.py: the arms take turns, the figures follow from the clock, and each benchmark runs the program of train.py."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -8,11 +9,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
-from bench import BenchConfig, spread, take_turns
+from bench import BenchConfig, Products, spread, take_turns
 from configurator import InputError
 from dataset import ROOT, Tokens
+from model import GPT, GPTConfig, ViT, ViTConfig
 
 
 def test_arms_take_turns_and_the_warm_up_is_not_counted():
@@ -71,6 +75,139 @@ def test_yardsticks_in_the_same_run(what, arms, names, tokens_dir, tmp_path):
     bench.main(BenchConfig(what=what, arms=arms, dataset=str(tokens_dir), rounds=2, steps=1, device="cpu", out=str(out)))
     rows = json.loads(out.read_text())["rows"]
     assert [row["arm"] for row in rows] == names and all(row["tokens_per_s"] > 0 for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Products alone
+
+SIZES = dict(n_layer=2, n_head=2, n_embd=16)
+MODELS = {
+    "text": lambda: GPT(GPTConfig(**SIZES, block_size=8, vocab_size=21)),
+    "pictures": lambda: ViT(ViTConfig(**SIZES, image_size=8, patch_size=2, n_classes=5)),
+}
+KINDS = {"mm": "linear", "addmm": "linear", "bmm": "attention"}
+
+
+class Recorded(TorchDispatchMode):
+    """The matrix products that are called: kind, the three sizes in order of length (their orientation is a matter of taste), operands and result."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in KINDS:
+            a, b = args[-2:]
+            self.calls.append(((KINDS[name], a.shape[:-2], *sorted((*a.shape[-2:], b.size(-1)))), a, b, result))
+        return result
+
+    def sizes(self) -> list:
+        return sorted(call[0] for call in self.calls)
+
+
+def recorded(work) -> Recorded:
+    with Recorded() as calls:
+        work()
+    return calls
+
+
+def products_of(model, batch_size: int, attention: bool, dtype=torch.float32) -> Products:
+    torch.manual_seed(0)
+    return Products(model, batch_size, torch.device("cpu"), dtype, attention)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_products_are_those_of_a_training_step(name, attention):
+    """As the model itself calls them, forward and backward, with attention's matrix stored."""
+    model = MODELS[name]()
+    if name == "text":
+        x, y = torch.randint(21, (3, 8)), torch.randint(21, (3, 8))
+    else:
+        x, y = torch.randn(3, 3, 8, 8), torch.randint(5, (3,))
+    with sdpa_kernel(SDPBackend.MATH):
+        step = recorded(lambda: model(x, y)[1].backward()).sizes()
+    expected = [sizes for sizes in step if attention or sizes[0] == "linear"]
+    assert len(expected) == (2 * 4 * 3 + 3 + 2 * (name == "pictures") + 2 * 6 * attention)
+    # attention's batch is (B, H) there and B H here, in torch's own flat form
+    assert recorded(products_of(model, 3, attention)).sizes() == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_are_products_of_unit_size(name, dtype):
+    products = products_of(MODELS[name](), 4, True, dtype)
+    products.forward, products.backward = products.forward + products.backward[::-1], []
+    for product in products.forward:  # one after the other: a later one may overwrite a result
+        ((sizes, a, b, result),) = recorded(product).calls
+        assert result.shape == (*a.shape[:-1], b.size(-1)) and result.dtype == dtype
+        exact = a.double() @ b.double()
+        assert (result.double() - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-8) * max(1, exact.abs().max())
+    sizes = {role: matrix.double().square().mean().sqrt() for (role, *_), matrix in products.matrices.items() if role in ("x", "dy", "logits")}
+    assert len(sizes) == 2 + (name == "text") and all(0.7 < size < 1.4 for size in sizes.values())
+
+
+def test_an_output_layer_in_pieces_has_the_whole_gradient(monkeypatch):
+    model = MODELS["text"]()
+    whole = products_of(model, 3, False)
+    monkeypatch.setattr(bench, "CHUNK", 10)  # 24 rows: 10, 10 and 4
+    pieces = products_of(model, 3, False)
+    assert len(pieces.forward) == len(whole.forward) + 6 and pieces.flops == whole.flops
+    for products in (whole, pieces):
+        for product in products.forward:
+            product()
+    assert torch.equal(whole.matrices["x", (24, 16)], pieces.matrices["x", (24, 16)])  # the same draws
+    for key in (("dW", (21, 16)), ("result", (24, 16))):
+        torch.testing.assert_close(pieces.matrices[key], whole.matrices[key])
+
+
+def test_pieces_are_those_of_the_training_step():
+    assert bench.CHUNK == pytest.importorskip("fused").CHUNK
+
+
+@pytest.mark.parametrize("model, rows", [("quick", 2 * 64), ("imagenet16", 2 * 64)])
+def test_products_beside_the_step_they_belong_to(model, rows, tokens_dir, tmp_path, capsys):
+    """The operations counted: six for each weight and row, but the patches' own gradient; 12 C T more for each layer and row with attention."""
+    out, dataset = tmp_path / "figures.json", {"dataset": str(tokens_dir)} if model == "quick" else {}
+    config = BenchConfig(model=model, arms="products,products+attention,A", batch_size=2, rounds=1, steps=1, device="cpu", out=str(out), **dataset)
+    bench.main(config.check())
+    without, attention, step = json.loads(out.read_text())["rows"]
+    if model == "quick":
+        flops = 6 * rows * (4 * 12 * 128**2 + 128 * json.loads((tokens_dir / "meta.json").read_text())["vocab_size"])
+        more = 12 * 4 * 128 * 64 * rows
+    else:
+        flops = 6 * rows * 6 * 12 * 384**2 + 4 * rows * 12 * 384 + 6 * 2 * 384 * 200  # two pictures' classes
+        more = 12 * 6 * 384 * 64 * rows
+    for row, expected in ((without, flops), (attention, flops + more)):
+        assert row["tflops"] * 1e12 * row["ms"]["median"] / 1e3 == pytest.approx(expected)
+        assert row["tokens_per_s"] * row["ms"]["median"] / 1e3 == pytest.approx(rows)
+    alone = "alone, by the library"
+    modes = [f"products of linear layers {alone}", f"products of linear layers and attention {alone}", "eager"]
+    assert [row["mode"] for row in (without, attention, step)] == modes
+    assert f"products: {modes[0]}; products+attention: {modes[1]}; A: eager, 1 rounds" in capsys.readouterr().out
+
+
+def test_micro_batches_repeat_the_products(tokens_dir, tmp_path):
+    config = bench.recipe(BenchConfig(dataset=str(tokens_dir), device="cpu"), "products", tmp_path)
+    data, place = Tokens(str(tokens_dir), config.block_size, "cpu"), bench.find_place("cpu", "float32")
+    one, three = (bench.products(dataclasses.replace(config, gradient_accumulation_steps=n), place, data, False) for n in (1, 3))
+    assert (three.tokens, three.flops) == (3 * one.tokens, 3 * one.flops) and one.tokens == 12 * 64
+    calls = [recorded(lambda: program.step(0, 0)).sizes() for program in (one, three)]
+    assert len(calls[0]) == 3 * (4 * 4 + 1) and calls[1] == sorted(3 * calls[0])
+
+
+@pytest.mark.parametrize("arm", ["products", "products+attention", "plain"])
+@pytest.mark.parametrize("what", ["eval", "sample", "loader"])
+def test_parts_of_training_are_for_training(arm, what):
+    command = [sys.executable, "bench.py", f"--what={what}", f"--arms=A,{arm}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert f"{arm} is a " in done.stderr and "for --what=train alone" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_profile_tells_products_and_attention_apart(tokens_dir, tmp_path, capsys):
