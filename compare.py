@@ -157,6 +157,7 @@ def code_sha256() -> str:
         "model.py",
         "variants.py",
         "prior.py",
+        "dropout.py",
         "fused.py",
         "fused_attention.py",
         "fused_attention_hopper.py",
