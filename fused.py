@@ -3,7 +3,7 @@
 torch.compile fuses element-wise passes well, but leaves these to be won (times in LOG.md):
 
     residual, dropout, LayerNorm   one pass in each direction, which also writes the branch's gradient in half precision and sums the gain's
-    dropout                        eight decisions from one Philox call, kept as a byte each, instead of one call per decision and direction
+    dropout                        eight decisions from one Philox call, computed again for the way back: no mask is ever stored (dropout.py)
     linear layers                  weights are cast once per step, all together; their gradients leave the product in float32
     GELU                           exact up to 2.2e-7 with one exp2 and one rsqrt instead of the long erf; kept, not computed again; on Hopper GPUs it
                                    and its gradient are the ends of the products before them (fused_products.py)
@@ -18,8 +18,6 @@ torch.compile fuses element-wise passes well, but leaves these to be won (times 
 Sums and exponentials are in float32, the residual stream too. tests/test_fused.py compares each with float64.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn as nn
 import triton
@@ -29,6 +27,7 @@ from torch.nn import functional as F
 import fused_attention
 import fused_products
 import model
+from dropout import decisions, dropout_seed, threshold
 from fused_products import gelu, linear_gelu, linear_gelu_backward, product_of_three
 from model import GPT, CausalSelfAttention, ViT
 from operators import operator
@@ -41,38 +40,6 @@ LANES, PROGRAMS = 1024, 2  # of the cross-entropy: groups of eight logits in a p
 def _half(x) -> torch.dtype:
     """The dtype of products: autocast's, or that of x without it."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Dropout
-
-
-@triton.jit
-def _keep(keep_ptr, seed_ptr, threshold, n, BLOCK: tl.constexpr):
-    """One byte per element, 1 with probability 1 - threshold / 65536: the sixteen-bit halves of four words of Philox."""
-    program = tl.program_id(0)
-    call = program * BLOCK + tl.arange(0, BLOCK)
-    i = program.to(tl.int64) * (8 * BLOCK) + tl.arange(0, BLOCK)
-    words = tl.randint4x(tl.load(seed_ptr), call, n_rounds=7)  # as many as pass BigCrush (Salmon et al. 2011)
-    for j in tl.static_range(4):
-        word = words[j].to(tl.uint32, bitcast=True)
-        tl.store(keep_ptr + i + 2 * j * BLOCK, (word & 0xFFFF) >= threshold, mask=i + 2 * j * BLOCK < n)
-        tl.store(keep_ptr + i + (2 * j + 1) * BLOCK, (word >> 16) >= threshold, mask=i + (2 * j + 1) * BLOCK < n)
-
-
-@operator
-def keep(x: torch.Tensor, p: float, shape: Sequence[int], draw: int) -> torch.Tensor:
-    """What dropout keeps: bool of that shape, True with probability 1 - p (p in steps of 2^-16), drawn by torch's generator of x's device.
-
-    `draw` tells the calls of one step apart: of two with equal arguments the compiler would make one, and one mask.
-    """
-    mask = torch.empty(shape, dtype=torch.bool, device=x.device)
-    seed = torch.randint(2**62, (1,), device=x.device)  # on the device, so that a CUDA graph draws anew at every replay
-    _keep[(triton.cdiv(mask.numel(), 8 * 512),)](mask.view(torch.uint8), seed, round(p * 65536), mask.numel(), BLOCK=512)
-    return mask
-
-
-keep.register_fake(lambda x, p, shape, draw: torch.empty(shape, dtype=torch.bool, device=x.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -125,14 +92,15 @@ class _Lookup(torch.autograd.Function):
 # Residual stream and LayerNorm
 
 
-@triton.jit
-def _add_norm(x_ptr, branch_ptr, keep_ptr, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, n, scale,
+@triton.jit(do_not_specialize=["site"])
+def _add_norm(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, n,
               C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
     branch = tl.load(branch_ptr + i, mask=mask, other=0.0).to(tl.float32)
     if DROPOUT:
-        branch = tl.where(tl.load(keep_ptr + i, mask=mask, other=0) != 0, branch * scale, 0.0)
+        kept = decisions(tl.load(seed_ptr), site, row, tl.arange(0, BLOCK // 8), C, least, ROWS, BLOCK // 8)
+        branch = tl.where(kept, branch * scale, 0.0)
     x = tl.load(x_ptr + i, mask=mask, other=0.0) + branch
     tl.store(out_ptr + i, x, mask=mask)
     mean = tl.sum(x, axis=1) / C
@@ -146,10 +114,10 @@ def _add_norm(x_ptr, branch_ptr, keep_ptr, weight_ptr, bias_ptr, out_ptr, y_ptr,
     tl.store(rstd_ptr + row, rstd, mask=row < n)
 
 
-@triton.jit
-def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, keep_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr, n, scale,
-                       tiles, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr,
-                       BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["site"])
+def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, seed_ptr, site, least, scale, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dweight_ptr,
+                       dbias_ptr, n, tiles, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+                       ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Each program takes `tiles` tiles of ROWS rows, so that the sums over rows for the gain and the bias stay in registers until its end, where it
     writes its own row of (programs, C) partial sums."""
     column = tl.arange(0, BLOCK)
@@ -170,7 +138,8 @@ def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, keep_ptr, weight_ptr, mean_ptr
             dx += tl.load(dout_ptr + i, mask=mask, other=0.0)
         tl.store(dx_ptr + i, dx, mask=mask)
         if DROPOUT:
-            dx = tl.where(tl.load(keep_ptr + i, mask=mask, other=0) != 0, dx * scale, 0.0)
+            kept = decisions(tl.load(seed_ptr), site, row, tl.arange(0, BLOCK // 8), C, least, ROWS, BLOCK // 8)
+            dx = tl.where(kept, dx * scale, 0.0)
         tl.store(dbranch_ptr + i, dx, mask=mask)
     tl.store(dweight_ptr + tl.program_id(0) * C + column, tl.sum(dweight, axis=0), mask=column < C)
     if BIAS:
@@ -197,29 +166,30 @@ def _sum(partial):
 
 def _tile(C: int, elements: int) -> dict:
     """Rows and columns of a tile of rows of C: about so many elements, one column block per row."""
-    block = triton.next_power_of_2(C)
+    block = max(8, triton.next_power_of_2(C))  # one call of dropout's generator at least
     return {"C": C, "BLOCK": block, "ROWS": max(1, elements // block), "num_warps": 4 if block <= 2048 else 8}
 
 
 @operator
 def add_norm(
-    x: torch.Tensor, branch: torch.Tensor, kept: torch.Tensor | None, scale: float, weight: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, branch: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (…, C) float32 plus `branch`, dropped out where not `kept` and scaled -> the sum in float32, LN of it in branch's dtype, mean and 1 / std."""
+    """x (…, C) float32 plus `branch` after dropout -> the sum in float32, LN of it in branch's dtype, mean and 1 / std (N,).
+
+    Dropout with probability p is by the decisions of `site` under the seed, int64 (1,), for a matrix (N, C); None where p is 0.
+    """
     x, branch = x.contiguous(), branch.contiguous()
     out, y, n = torch.empty_like(x), torch.empty_like(branch), x.numel() // x.size(-1)
     mean, rstd = (torch.empty(n, dtype=torch.float32, device=x.device) for _ in range(2))
     tile = _tile(x.size(-1), 2048)
-    keep_or_not = branch if kept is None else kept.view(torch.uint8)  # a pointer that is not followed
     _add_norm[(triton.cdiv(n, tile["ROWS"]),)](
-        x, branch, keep_or_not, weight, weight if bias is None else bias, out, y, mean, rstd, n, scale,
-        DROPOUT=kept is not None, BIAS=bias is not None, **tile,
+        x, branch, seed, site, threshold(p), 1 / (1 - p), weight, bias, out, y, mean, rstd, n, DROPOUT=p > 0, BIAS=bias is not None, **tile
     )  # fmt: skip
     return out, y, mean, rstd
 
 
 @add_norm.register_fake
-def _(x, branch, kept, scale, weight, bias):
+def _(x, branch, seed, site, p, weight, bias):
     statistics = x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
     form = {"memory_format": torch.contiguous_format}
     return torch.empty_like(x, **form), torch.empty_like(branch, **form), statistics, torch.empty_like(statistics)
@@ -227,7 +197,7 @@ def _(x, branch, kept, scale, weight, bias):
 
 @operator
 def add_norm_backward(
-    dout: torch.Tensor | None, dy: torch.Tensor, out: torch.Tensor, kept: torch.Tensor | None, scale: float, weight: torch.Tensor, bias: bool,
+    dout: torch.Tensor | None, dy: torch.Tensor, out: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: bool,
     mean: torch.Tensor, rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of x (float32), branch (dy's dtype), weight and bias (empty if not `bias`). dout is None where the sum goes nowhere else."""
@@ -242,15 +212,14 @@ def add_norm_backward(
     dweight = weight.new_empty(programs, len(weight))
     dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
     _add_norm_backward[(programs,)](
-        out if dout is None else dout, dy, out, dy if kept is None else kept.view(torch.uint8), weight, mean, rstd,
-        dx, dbranch, dweight, dbias, n, scale, triton.cdiv(tiles, programs),
-        DROPOUT=kept is not None, BIAS=bias, RESIDUAL=dout is not None, **tile,
+        dout, dy, out, seed, site, threshold(p), 1 / (1 - p), weight, mean, rstd, dx, dbranch, dweight, dbias, n, triton.cdiv(tiles, programs),
+        DROPOUT=p > 0, BIAS=bias, RESIDUAL=dout is not None, **tile,
     )  # fmt: skip
     return dx, dbranch, _sum(dweight), _sum(dbias) if bias else dbias
 
 
 @add_norm_backward.register_fake
-def _(dout, dy, out, kept, scale, weight, bias, mean, rstd):
+def _(dout, dy, out, seed, site, p, weight, bias, mean, rstd):
     form = {"memory_format": torch.contiguous_format}
     nothing = weight.new_empty(0)
     return torch.empty_like(out), torch.empty_like(dy, **form), torch.empty_like(weight), torch.empty_like(weight) if bias else nothing
@@ -258,17 +227,17 @@ def _(dout, dy, out, kept, scale, weight, bias, mean, rstd):
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, branch, kept, scale, weight, bias, last):
-        out, y, mean, rstd = add_norm(x, branch, kept, scale, weight, bias)
-        ctx.save_for_backward(out, kept, weight, mean, rstd)
-        ctx.scale, ctx.bias, ctx.last = scale, bias is not None, last
+    def forward(ctx, x, branch, seed, site, p, weight, bias, last):
+        out, y, mean, rstd = add_norm(x, branch, seed, site, p, weight, bias)
+        ctx.save_for_backward(out, seed, weight, mean, rstd)
+        ctx.dropout, ctx.bias, ctx.last = (site, p), bias is not None, last
         return out, y
 
     @staticmethod
     def backward(ctx, dout, dy):
-        out, kept, weight, mean, rstd = ctx.saved_tensors
-        dx, dbranch, dweight, dbias = add_norm_backward(None if ctx.last else dout, dy, out, kept, ctx.scale, weight, ctx.bias, mean, rstd)
-        return dx, dbranch, None, None, dweight, dbias if ctx.bias else None, None
+        out, seed, weight, mean, rstd = ctx.saved_tensors
+        dx, dbranch, dweight, dbias = add_norm_backward(None if ctx.last else dout, dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd)
+        return dx, dbranch, None, None, None, dweight, dbias if ctx.bias else None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -557,16 +526,15 @@ class Attention(CausalSelfAttention):
         qkv = layer(x)
         return _SplitForDiffusion.apply(qkv, *form, tapped) if self.diffusing_heads else _Split.apply(qkv, self.n_head, tapped)
 
-    def branch(self, x, taps=None):
+    def branch(self, x, taps=None, seed=None):
         """(B, T, C) -> (B, T, C), by fused_attention where it applies, else by the passes above around the framework's kernel. `taps` as in
-        GPT.forward."""
-        tapped, (B, T, C), p = taps is not None, x.shape, self.dropout if self.training else 0.0
+        GPT.forward; `seed` of dropout as in `_Body.body`."""
+        tapped, (_, T, C), p = taps is not None, x.shape, self.dropout if self.training else 0.0
         long = self.long and _half(x) in (torch.bfloat16, torch.float16)  # without autocast the projection may be in float32
         if fused_attention.applies(T, C // self.n_head, self.causal, p, long) and not tapped:
             qkv = self.c_attn(x)
-            kept = keep(qkv.detach(), p, (B, self.n_head, T, T), 1 + self.layer) if p else None
             form = self.n_head, self.alpha, self.lam, self.diffusing_heads, self.causal
-            return self.c_proj(fused_attention.PackedAttention.apply(qkv, kept, 1 / (1 - p), *form))
+            return self.c_proj(fused_attention.PackedAttention.apply(qkv, seed, sites(self.layer)[0], p, *form))
         q, k, v, *more = self.heads(x, tapped)
         if tapped:
             taps.append(tuple(more[-3:]))
@@ -580,20 +548,26 @@ class Attention(CausalSelfAttention):
 # Blocks
 
 
+def sites(layer: int) -> tuple[int, int, int]:
+    """Where a layer has dropout, for the generator: A, attention's branch, the MLP's branch."""
+    return 3 * layer + 1, 3 * layer + 2, 3 * layer + 3
+
+
 class Block(model.Block):
     """A block that leaves its last addition to the next one, where it is one pass with the LayerNorm that follows."""
 
-    def forward(self, x, branch=None, kept=None, kept_of_attention=None, scale=1.0, taps=None):
-        """x + branch is the stream that enters; returns such a pair. `kept` are dropout's masks, for that branch and for the attention's."""
+    def forward(self, x, branch=None, seed=None, p=0.0, taps=None):
+        """x + branch after dropout is the stream that enters; returns such a pair. `seed` as in `_Body.body`."""
+        layer = self.attn.layer
         if branch is None:
             y = self.ln_1(x)
         else:
-            x, y = _AddNorm.apply(x, branch, kept, scale, self.ln_1.weight, self.ln_1.bias, False)
+            x, y = _AddNorm.apply(x, branch, seed, sites(layer - 1)[2], p, self.ln_1.weight, self.ln_1.bias, False)
         if isinstance(self.attn, Attention):
-            branch = self.attn.branch(y, taps)
+            branch = self.attn.branch(y, taps, seed)
         else:  # a variant does its own dropout
-            branch, kept_of_attention = self.attn(y, None, taps), None
-        x, y = _AddNorm.apply(x, branch, kept_of_attention, scale, self.ln_2.weight, self.ln_2.bias, False)
+            branch, seed, p = self.attn(y, None, taps), None, 0.0
+        x, y = _AddNorm.apply(x, branch, seed, sites(layer)[1], p, self.ln_2.weight, self.ln_2.bias, False)
         return x, self.mlp.branch(y)
 
 
@@ -606,12 +580,10 @@ class _Body:
             for block in blocks:
                 x = model.Block.forward(block, x, cache, taps)
             return ln(x)
-        masks = iter(keep(x.detach(), p, (2 * len(blocks), *x.shape), 0).unbind() if p else [None] * (2 * len(blocks)))
-        branch = kept = None
+        seed, branch = dropout_seed(x.detach()) if p else None, None
         for block in blocks:
-            x, branch = block(x, branch, kept, next(masks), 1 / (1 - p), taps)
-            kept = next(masks)
-        return _AddNorm.apply(x, branch, kept, 1 / (1 - p), ln.weight, ln.bias, True)[1]
+            x, branch = block(x, branch, seed, p, taps)
+        return _AddNorm.apply(x, branch, seed, sites(len(blocks) - 1)[2], p, ln.weight, ln.bias, True)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

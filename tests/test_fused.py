@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install -r requirements-dev.txt")
 CUDA = torch.cuda.is_available()
-from test_fused_attention import exactly  # noqa: E402
+from test_fused_attention import exactly, mask  # noqa: E402
 
+import dropout  # noqa: E402
 import fused  # noqa: E402
 import fused_attention  # noqa: E402
 import fused_products  # noqa: E402
@@ -44,35 +45,21 @@ def test_gelu_and_its_derivative():
     close(fused_products.gelu(half), F.gelu(half.double()), rounding, 1e-6)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
-def test_dropout_keeps_the_share_it_should_and_draws_anew(p):
-    torch.manual_seed(1)
-    x = torch.ones(41, 500, device=DEVICE)
-    masks, again = (fused.keep(x, p, (2, 41, 500), 0) for _ in range(2))
-    n = x.numel()
-    for mask in (*masks, *again):
-        assert abs(float(mask.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
-    for one, other in ((masks[0], masks[1]), (masks[0], again[0]), (masks[0][:, 1:], masks[0][:, :-1]), (masks[0][1:], masks[0][:-1])):
-        both = float((one & other).float().mean())
-        assert abs(both - (1 - p) ** 2) < 5 * ((1 - p) ** 2 / n) ** 0.5  # independent
-    torch.manual_seed(1)
-    assert torch.equal(fused.keep(x, p, (2, 41, 500), 0), masks)
-
-
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 96), (2, 384), (37, 768), (3, 1100)])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("last", [True, False])
-def test_residual_dropout_and_layer_norm(shape, bias, dropout, last):
+def test_residual_dropout_and_layer_norm(shape, bias, p, last):
     torch.manual_seed(0)
     x, branch = torch.randn(shape, device=DEVICE, requires_grad=True), torch.randn(shape, device=DEVICE, requires_grad=True)
     weight, offset = (torch.randn(shape[-1], device=DEVICE, requires_grad=True) for _ in range(2))
-    kept = torch.rand(shape, device=DEVICE) >= dropout if dropout else None
+    seed = torch.randint(2**62, (1,), device=DEVICE) if p else None
+    kept = dropout.kept(seed, 3, p, branch.numel() // shape[-1], shape[-1]).view(shape) if p else None
     directions = torch.randn(2, *shape, device=DEVICE)
-    out, y = fused._AddNorm.apply(x, branch, kept, 1 / (1 - dropout), weight, offset if bias else None, last)
+    out, y = fused._AddNorm.apply(x, branch, seed, 3, p, weight, offset if bias else None, last)
     ((0 if last else (out * directions[0]).sum()) + (y * directions[1]).sum()).backward()
     x64, branch64, weight64, offset64 = (t.detach().double().requires_grad_() for t in (x, branch, weight, offset))
-    sum64 = x64 + (branch64 if kept is None else branch64 * kept / (1 - dropout))
+    sum64 = x64 + (branch64 if kept is None else branch64 * kept / (1 - p))
     y64 = F.layer_norm(sum64, shape[-1:], weight64, offset64 if bias else None, 1e-5)
     ((0 if last else (sum64 * directions[0]).sum()) + (y64 * directions[1]).sum()).backward()
     pairs = [(out, sum64), (y, y64), (x.grad, x64.grad), (branch.grad, branch64.grad), (weight.grad, weight64.grad)]
@@ -235,46 +222,26 @@ class Masked(torch.nn.Module):
 
 @pytest.mark.parametrize("arm", [{"diffusion": True}, {"diffusion": True, "diffusion_heads": (1,), "diffusion_lambda": 0.5}, {}])
 def test_attention_over_short_sequences_drops_out_what_its_mask_says(monkeypatch, arm):
-    """With heads of 16 channels: output and gradients are those of the stored matrix with that mask, and evaluation draws none."""
-    p, seen = 0.4, []
-    keep = fused.keep
-
-    def recorded(x, p, shape, draw):
-        seen.append((p, tuple(shape), draw, keep(x, p, shape, draw)))
-        return seen[-1][-1]
-
-    monkeypatch.setattr(fused, "keep", recorded)
+    """With heads of 16 channels: output and gradients are those of the stored matrix with that mask, and evaluation draws no seed."""
+    p, seen, seed = 0.4, [], torch.tensor([2507], device=DEVICE)
+    monkeypatch.setattr(fused, "dropout_seed", lambda x: seen.append(x.shape) or seed)
     for _, fast, inputs in both({"dropout": p, **arm}, n_embd=48):
         for layer, block in enumerate(fast.train().transformer.h):
             attn, x = block.attn, torch.randn(2, 16, 48, device=DEVICE)
             weights = attn.c_attn.weight, attn.c_proj.weight
-            seen.clear()
-            y = attn.branch(x)
-            ((rate, shape, draw, kept),) = seen
-            assert (rate, shape, draw) == (p, (2, 3, 16, 16), 1 + layer)
-            assert abs(float(kept.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
+            y = attn.branch(x, None, seed)
             qkv = F.linear(x, weights[0])
+            kept = mask(qkv, seed, fused.sites(layer)[0], p, 3)
             exact = exactly(qkv, kept, 1 / (1 - p), 3, attn.alpha, attn.lam, attn.diffusing_heads, attn.causal) @ weights[1].t()
             close(y, exact, 1e-5, 1e-5 * float(exact.abs().max()))
             direction = torch.randn_like(y)
             for ours, theirs in zip(*(torch.autograd.grad((out * direction).sum(), weights) for out in (y, exact))):
                 close(ours, theirs, 1e-5, 1e-5 * float(theirs.abs().max()))
-        seen.clear()
         fast(*inputs)
-        assert [draw for _, _, draw, _ in seen] == [0, 1, 2]
-        seen.clear()
+        assert len(seen) == 1
         fast.eval()(*inputs)
-        assert not seen
-
-
-def test_the_compiler_draws_every_mask_by_itself():
-    def masks(x):
-        return [fused.keep(x, 0.5, (64,), draw) for draw in (0, 1)]
-
-    x = torch.randn(8, device=DEVICE)
-    for function in (masks, torch.compile(masks, backend="aot_eager", fullgraph=True)):
-        one, other = function(x)
-        assert not torch.equal(one, other)
+        assert len(seen) == 1
+        seen.clear()
 
 
 @pytest.mark.parametrize("arm", [{}, {"diffusion": True}])
@@ -282,21 +249,17 @@ def test_dropout_of_both_branches_of_every_block(monkeypatch, arm):
     """Loss and gradients with given masks are those of the plain model with the same ones; attention's own dropout is the framework's."""
     p = 0.4
     for model, fast, inputs in both({"dropout": p, **arm}):
-        masks = []
-
-        def keep(x, p, shape, draw, masks=masks):
-            masks.append(torch.rand(shape, device=x.device) >= p)
-            return masks[-1]
-
-        monkeypatch.setattr(fused, "keep", keep)
+        seeds, draw = [], dropout.dropout_seed
+        monkeypatch.setattr(fused, "dropout_seed", lambda x, seeds=seeds: seeds.append(draw(x)) or seeds[-1])
         for network in (model, fast):
             network.transformer.drop = torch.nn.Identity()
             for block in network.transformer.h:
                 block.attn.dropout = 0.0
         fast_loss = fast.train()(*inputs)[1]
-        (kept,) = masks
+        (seed,) = seeds
         for i, block in enumerate(model.transformer.h):
-            block.attn.resid_dropout, block.mlp.dropout = Masked(kept[2 * i], p), Masked(kept[2 * i + 1], p)
+            masks = [Masked(dropout.kept(seed, site, p, 64, 24).view(4, 16, 24), p) for site in fused.sites(i)[1:]]
+            block.attn.resid_dropout, block.mlp.dropout = masks
         plain_loss = model.train()(*inputs)[1]
         close(fast_loss, plain_loss, 1e-5)
         fast_loss.backward()
@@ -345,18 +308,20 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
     four = [torch.randn(6, 4, device=DEVICE).bfloat16() for _ in range(4)]
     torch.library.opcheck(fused.weight_gradient_of_three, (*four[:3], four[3]), test_utils=checks)
     torch.library.opcheck(fused.table_gradient, (x, torch.randint(4, (2, 3, 5), device=DEVICE), 4), test_utils=checks)
-    torch.library.opcheck(fused.keep, (x, 0.5, (3, 4), 0), test_utils=checks)
     qkv = torch.randn(2, 5, 96, device=DEVICE)
-    for mask, heads in ((None, 0), (torch.ones(2, 2, 5, 5, dtype=torch.bool, device=DEVICE), 1)):
-        torch.library.opcheck(fused_attention.attend, (qkv, mask, 1.25, 2, 0.5, 1.5, heads, True), test_utils=checks)
-        y, _, lse = fused_attention.attend(qkv, mask, 1.25, 2, 0.5, 1.5, heads, True)
-        arguments = (torch.randn_like(y), qkv, mask, y, lse, 1.25, 2, 0.5, 1.5, heads, True)
-        torch.library.opcheck(fused_attention.attend_backward, arguments, test_utils=checks)
+    seed, dout = torch.tensor([5], device=DEVICE), torch.randn(2, 5, 32, device=DEVICE)
+    for drop, heads in (((None, 0, 0.0), 0), ((seed, 3, 0.2), 1)):
+        torch.library.opcheck(fused_attention.attend, (qkv, *drop, 2, 0.5, 1.5, heads, True), test_utils=checks)
+        y, _, lse = fused_attention.attend(qkv, *drop, 2, 0.5, 1.5, heads, True)
+        for given in (y, None):
+            arguments = (dout, qkv, given, lse, *drop, 2, 0.5, 1.5, heads, True)
+            torch.library.opcheck(fused_attention.attend_backward, arguments, test_utils=checks)
     rows, gain = torch.randn(6, 4, device=DEVICE), torch.randn(4, device=DEVICE)
-    torch.library.opcheck(fused.add_norm, (rows, rows.clone(), None, 1.0, gain, None), test_utils=checks)
+    torch.library.opcheck(fused.add_norm, (rows, rows.clone(), None, 0, 0.0, gain, None), test_utils=checks)
+    torch.library.opcheck(fused.add_norm, (rows, rows.clone(), seed, 3, 0.2, gain, gain.clone()), test_utils=checks)
     statistics = torch.randn(6, device=DEVICE)
     for dout, bias in ((None, True), (rows.clone(), False)):
-        arguments = (dout, rows.clone(), rows, torch.ones(6, 4, dtype=torch.bool, device=DEVICE), 1.0, gain, bias, statistics, statistics.clone())
+        arguments = (dout, rows.clone(), rows, seed, 3, 0.2, gain, bias, statistics, statistics.clone())
         torch.library.opcheck(fused.add_norm_backward, arguments, test_utils=checks)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install -r requirements-dev.txt")
+import dropout  # noqa: E402
 import fused  # noqa: E402
 import fused_attention  # noqa: E402
 import fused_products  # noqa: E402
@@ -12,6 +13,12 @@ from model import GPT, GPTConfig  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+
+
+def mask(qkv, seed, site, p, H):
+    """What attention's dropout keeps of A, bool (B, H, T, T); None without dropout."""
+    B, T, _ = qkv.shape
+    return dropout.kept(seed, site, p, B * H * T, T).view(B, H, T, T) if p else None
 
 
 def exactly(qkv, kept, factor, H, alpha, lam, heads, causal):
@@ -38,13 +45,13 @@ def test_values_and_gradients_are_those_of_the_stored_matrix(T, d, causal, p, he
     B, H = 2, 3
     dtype = torch.bfloat16 if CUDA else torch.float32  # the interpreter truncates to bfloat16; here its arithmetic is checked, on a GPU the rounding
     qkv = (1.5 * torch.randn(B, T, 3 * H * d, device=DEVICE)).to(dtype).requires_grad_()
-    kept = torch.rand(B, H, T, T, device=DEVICE) >= p if p else None
+    seed = torch.randint(2**62, (1,), device=DEVICE) if p else None
     direction = torch.randn(B, T, H * d, device=DEVICE).to(dtype)
-    form = kept, 1 / (1 - p), H, alpha, lam, heads, causal
-    y = PackedAttention.apply(qkv, *form)
+    form = H, alpha, lam, heads, causal
+    y = PackedAttention.apply(qkv, seed, 7, p, *form)
     y.backward(direction)
     exact = qkv.detach().double().requires_grad_()
-    reference = exactly(exact, *form)
+    reference = exactly(exact, mask(qkv, seed, 7, p, H), 1 / (1 - p), *form)
     reference.backward(direction.double())
     bound = 2**-6 if CUDA else 2e-6
     for ours, theirs in ((y, reference), (qkv.grad, exact.grad)):
@@ -71,19 +78,19 @@ def draw(B, T, H, dtype):
 def test_long_sequences(B, T, H, dtype, rounding, heads, alpha, lam):
     """Against the stored matrix in float64; and again, to the bit."""
     qkv, direction = draw(B, T, H, dtype)
-    form = None, 1.0, H, alpha, lam, heads % (H + 1), True
+    form = H, alpha, lam, heads % (H + 1), True
     assert fused_attention.applies(T, 64, True, 0.0, fused_attention.takes_long(qkv.device, dtype, heads != 0))
-    y = PackedAttention.apply(qkv, *form)
+    y = PackedAttention.apply(qkv, None, 0, 0.0, *form)
     (y * direction).sum().backward()  # not y.backward(direction): in a thread of its own, a launch by TMA may not be the first
     exact = qkv.detach().double().requires_grad_()
-    reference = exactly(exact, *form)
+    reference = exactly(exact, None, 1.0, *form)
     reference.backward(direction.double())
     for ours, theirs in ((y, reference), *zip(qkv.grad.split(64 * H, -1), exact.grad.split(64 * H, -1))):
         assert ours.dtype == dtype and ours.isfinite().all()
         error, size = ours.double() - theirs, theirs.double()
         assert float(error.norm()) <= rounding * float(size.norm()) and float(error.abs().max()) <= 2 * rounding * float(size.abs().max())
     first, qkv.grad = qkv.grad, None
-    again = PackedAttention.apply(qkv, *form)
+    again = PackedAttention.apply(qkv, None, 0, 0.0, *form)
     (again * direction).sum().backward()
     assert torch.equal(y, again) and torch.equal(first, qkv.grad)
 
@@ -91,8 +98,8 @@ def test_long_sequences(B, T, H, dtype, rounding, heads, alpha, lam):
 @needs_hopper
 def test_what_long_diffusing_heads_give_is_the_pass_to_the_bit():
     qkv, _ = draw(2, 512, 4, torch.bfloat16)
-    y, out, lse = fused_attention.attend(qkv.detach(), None, 1.0, 4, 0.7, 1.3, 3, True)
-    kept, nothing, sums = fused_attention.attend(qkv.detach(), None, 1.0, 4, 1.0, 1.0, 0, True)
+    y, out, lse = fused_attention.attend(qkv.detach(), None, 0, 0.0, 4, 0.7, 1.3, 3, True)
+    kept, nothing, sums = fused_attention.attend(qkv.detach(), None, 0, 0.0, 4, 1.0, 1.0, 0, True)
     assert torch.equal(kept, y) and torch.equal(sums, lse) and nothing.numel() == 0
     y, v = (part.view(2, 512, 4, 64).transpose(1, 2) for part in (y, qkv.detach()[..., 512:]))
     assert torch.equal(out, fused.subtract(y, v, 0.7, 1.3, 3).transpose(1, 2).flatten(2))
@@ -101,12 +108,12 @@ def test_what_long_diffusing_heads_give_is_the_pass_to_the_bit():
 @needs_hopper
 def test_no_long_query_sees_the_future():
     qkv, direction = draw(1, 512, 2, torch.bfloat16)
-    y = PackedAttention.apply(qkv, None, 1.0, 2, 1.0, 1.0, 1, True)
+    y = PackedAttention.apply(qkv, None, 0, 0.0, 2, 1.0, 1.0, 1, True)
     (y * direction)[:, :300].sum().backward()
     assert not qkv.grad[:, 300:].any() and qkv.grad[:, :300].any()
     other = qkv.detach().clone()
     other[:, 300:] = 7
-    assert torch.equal(PackedAttention.apply(other, None, 1.0, 2, 1.0, 1.0, 1, True)[:, :300], y[:, :300])
+    assert torch.equal(PackedAttention.apply(other, None, 0, 0.0, 2, 1.0, 1.0, 1, True)[:, :300], y[:, :300])
 
 
 @pytest.mark.parametrize("arm", [{}, {"diffusion": True}, {"diffusion": True, "diffusion_heads": (1,), "diffusion_alpha": 0.5}])
@@ -138,7 +145,7 @@ def test_a_network_of_long_sequences(monkeypatch, arm, on_gpu):
 def test_long_sequences_are_the_framework_s_elsewhere():
     assert not fused_attention.takes_long(torch.device(DEVICE), torch.bfloat16, True)
     qkv, direction = draw(1, 320, 1, torch.float32)
-    y = PackedAttention.apply(qkv, None, 1.0, 1, 1.0, 1.0, 1, True)  # asked for all the same, it is by the kernels for short ones
+    y = PackedAttention.apply(qkv, None, 0, 0.0, 1, 1.0, 1.0, 1, True)  # asked for all the same, it is by the kernels for short ones
     assert torch.allclose(y, exactly(qkv, None, 1.0, 1, 1.0, 1.0, 1, True), atol=1e-5)
 
 
@@ -150,7 +157,8 @@ def test_long_sequences_in_float32_are_the_framework_s(monkeypatch):
     attention, calls = network.transformer.h[0].attn, []
     attention.long = True
     monkeypatch.setattr(fused_attention, "_long", lambda *_: True)
-    monkeypatch.setattr(fused_attention, "_forward_long", lambda qkv, *form: calls.append(1) or fused_attention._forward(qkv, None, 1.0, *form, True))
+    short = fused_attention._forward
+    monkeypatch.setattr(fused_attention, "_forward_long", lambda qkv, *form: calls.append(1) or short(qkv, None, 0, 0.0, *form, True))
     x = torch.randn(1, 384, 64, device=DEVICE)
     reference = attention.branch(x)
     assert not calls
@@ -179,11 +187,11 @@ def test_long_sequences_are_the_framework_s_where_the_trial_fails(monkeypatch, c
         tried.append((form[3], most))
         if wrong == "raises":
             raise RuntimeError("no such instruction\nand more")
-        y, out, lse = fused_attention._forward(qkv, None, 1.0, *form, True)
+        y, out, lse = fused_attention._forward(qkv, None, 0, 0.0, *form, True)
         return off("y", y), off("out", out) if form[3] else out, off("lse", lse[..., None])[..., 0]
 
     def backward(dout, qkv, y, lse, *form, most):
-        return off("dqkv", fused_attention._backward(dout, qkv, None, y, lse, 1.0, *form, True))
+        return off("dqkv", fused_attention._backward(dout, qkv, y, lse, None, 0, 0.0, *form, True))
 
     monkeypatch.setattr(fused_attention, "_forward_long", forward)
     monkeypatch.setattr(fused_attention, "_backward_long", backward)
@@ -225,18 +233,25 @@ def test_the_compiler_is_told_the_truth_about_long_sequences():
     qkv, direction = draw(1, 384, 2, torch.bfloat16)
     qkv, checks = qkv.detach(), ("test_schema", "test_faketensor")
     for heads in (0, 1):
-        torch.library.opcheck(fused_attention.attend, (qkv, None, 1.0, 2, 0.5, 1.5, heads, True), test_utils=checks)
-        y, _, lse = fused_attention.attend(qkv, None, 1.0, 2, 0.5, 1.5, heads, True)
-        given = direction, qkv, None, y, lse, 1.0, 2, 0.5, 1.5, heads, True
+        torch.library.opcheck(fused_attention.attend, (qkv, None, 0, 0.0, 2, 0.5, 1.5, heads, True), test_utils=checks)
+        y, _, lse = fused_attention.attend(qkv, None, 0, 0.0, 2, 0.5, 1.5, heads, True)
+        given = direction, qkv, y, lse, None, 0, 0.0, 2, 0.5, 1.5, heads, True
         torch.library.opcheck(fused_attention.attend_backward, given, test_utils=checks)
 
 
+@pytest.mark.parametrize("T, heads", [(64, 0), (64, 1), (65, 0), (65, 1)])
+def test_what_is_kept_for_the_way_back(T, heads):
+    """Within one block neither y nor, where heads diffuse, a place for it; then y may be anything."""
+    qkv, dout, form = torch.randn(1, T, 96, device=DEVICE), torch.randn(1, T, 32, device=DEVICE), (2, 0.5, 1.5, heads, True)
+    y, out, lse = fused_attention.attend(qkv, None, 0, 0.0, *form)
+    whole = T == 64
+    assert (y.numel() == 0) == (whole and heads > 0) and (out.numel() == 0) == (heads == 0)
+    PackedAttention.apply(qkv.requires_grad_(), None, 0, 0.0, *form).backward(dout)
+    given = None if whole else y
+    assert torch.equal(fused_attention.attend_backward(dout, qkv.detach(), given, lse, None, 0, 0.0, *form), qkv.grad)
+
+
 def test_which_sequences_it_takes():
-    """And a mask of any strides."""
-    qkv, kept = torch.randn(2, 6, 96, device=DEVICE), torch.rand(6, 6, 2, 2, device=DEVICE) < 0.5
-    masks = kept.permute(2, 3, 0, 1), kept.permute(2, 3, 0, 1).contiguous()
-    one, other = (PackedAttention.apply(qkv, mask, 2.0, 2, 1.0, 1.0, 0, True) for mask in masks)
-    assert torch.equal(one, other)
     assert fused_attention.applies(256, 64, False, 0.1, False) and not fused_attention.applies(64, 8, True, 0.0, True)
     assert fused_attention.applies(384, 64, True, 0.0, True)
     for reason in (
