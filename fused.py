@@ -2,7 +2,8 @@
 
 torch.compile fuses element-wise passes well, but leaves these to be won (times in LOG.md):
 
-    residual, dropout, LayerNorm   one pass in each direction, which also writes the branch's gradient in half precision and sums the gain's
+    residual, dropout, LayerNorm   one pass in each direction, which also writes the branch's gradient in half precision and sums the gain's; the
+                                   first one takes the embeddings, where they have dropout
     dropout                        eight decisions from one Philox call, computed again for the way back: no mask is ever stored (dropout.py)
     linear layers                  weights are cast once per step, all together; their gradients leave the product in float32
     GELU                           exact up to 2.2e-7 with one exp2 and one rsqrt instead of the long erf; kept, not computed again; on Hopper GPUs it
@@ -93,15 +94,21 @@ class _Lookup(torch.autograd.Function):
 
 
 @triton.jit(do_not_specialize=["site"])
-def _add_norm(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, n,
-              C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _add_norm(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, n, T,
+              START: tl.constexpr, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """x plus the branch after dropout; with START no x, but at x_ptr, if anywhere, (T, C) to be added to every T rows of the branch before."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
     branch = tl.load(branch_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    if START:
+        if x_ptr is not None:
+            branch += tl.load(x_ptr + (row % T)[:, None] * C + column[None, :], mask=mask, other=0.0)
     if DROPOUT:
         kept = decisions(tl.load(seed_ptr), site, row, tl.arange(0, BLOCK // 8), C, least, ROWS, BLOCK // 8)
         branch = tl.where(kept, branch * scale, 0.0)
-    x = tl.load(x_ptr + i, mask=mask, other=0.0) + branch
+    x = branch
+    if not START:
+        x += tl.load(x_ptr + i, mask=mask, other=0.0)
     tl.store(out_ptr + i, x, mask=mask)
     mean = tl.sum(x, axis=1) / C
     centred = tl.where(mask, x - mean[:, None], 0.0)
@@ -119,7 +126,7 @@ def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, seed_ptr, site, least, scale, 
                        dbias_ptr, n, tiles, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
                        ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Each program takes `tiles` tiles of ROWS rows, so that the sums over rows for the gain and the bias stay in registers until its end, where it
-    writes its own row of (programs, C) partial sums."""
+    writes its own row of (programs, C) partial sums. Without a residual stream before the sum there is no dx to be written."""
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :]
     dweight, dbias = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
@@ -136,7 +143,8 @@ def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, seed_ptr, site, least, scale, 
         dx = (g - (tl.sum(g, axis=1) / C)[:, None] - normal * (tl.sum(g * normal, axis=1) / C)[:, None]) * rstd[:, None]
         if RESIDUAL:
             dx += tl.load(dout_ptr + i, mask=mask, other=0.0)
-        tl.store(dx_ptr + i, dx, mask=mask)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + i, dx, mask=mask)
         if DROPOUT:
             kept = decisions(tl.load(seed_ptr), site, row, tl.arange(0, BLOCK // 8), C, least, ROWS, BLOCK // 8)
             dx = tl.where(kept, dx * scale, 0.0)
@@ -170,6 +178,42 @@ def _tile(C: int, elements: int) -> dict:
     return {"C": C, "BLOCK": block, "ROWS": max(1, elements // block), "num_warps": 4 if block <= 2048 else 8}
 
 
+def _add_norm_into(y, x, branch, seed, site: int, p: float, weight, bias, start: bool):
+    """`add_norm` or, with `start`, `start_norm`, into y: (sum, y, mean, 1 / std)."""
+    C = branch.size(-1)
+    out, n = torch.empty(branch.shape, dtype=torch.float32, device=branch.device), branch.numel() // C
+    mean, rstd = (torch.empty(n, dtype=torch.float32, device=branch.device) for _ in range(2))
+    tile, T = _tile(C, 2048), x.numel() // C if start and x is not None else 1
+    _add_norm[(triton.cdiv(n, tile["ROWS"]),)](
+        x, branch, seed, site, threshold(p), 1 / (1 - p), weight, bias, out, y, mean, rstd, n, T,
+        START=start, DROPOUT=p > 0, BIAS=bias is not None, **tile,
+    )  # fmt: skip
+    return out, y, mean, rstd
+
+
+def _like_add_norm(branch, dtype: torch.dtype):
+    """The shapes of its results."""
+    statistics = branch.new_empty(branch.numel() // branch.size(-1), dtype=torch.float32)
+    return branch.new_empty(branch.shape, dtype=torch.float32), branch.new_empty(branch.shape, dtype=dtype), statistics, torch.empty_like(statistics)
+
+
+def _add_norm_backward_into(dx, dbranch, dout, dy, out, seed, site: int, p: float, weight, bias: bool, mean, rstd):
+    """The gradients of x (unless None) and of the branch into dx and dbranch; returns those of weight and bias (empty if not `bias`)."""
+    C = out.size(-1)
+    n, tile = out.numel() // C, _tile(C, 1024)
+    alone = tile["BLOCK"] == 1024  # a row of one warp has sums without barriers; longer ones would not fit its registers
+    tiles = triton.cdiv(n, tile["ROWS"])
+    programs = min(tiles, (16 if alone else 8) * processors(out.device))  # about as many as run at once
+    tile["num_warps"] = 1 if alone else tile["num_warps"]
+    dweight = weight.new_empty(programs, C)
+    dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
+    _add_norm_backward[(programs,)](
+        dout, dy, out, seed, site, threshold(p), 1 / (1 - p), weight, mean, rstd, dx, dbranch, dweight, dbias, n, triton.cdiv(tiles, programs),
+        DROPOUT=p > 0, BIAS=bias, RESIDUAL=dout is not None, **tile,
+    )  # fmt: skip
+    return _sum(dweight), _sum(dbias) if bias else dbias
+
+
 @operator
 def add_norm(
     x: torch.Tensor, branch: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: torch.Tensor | None
@@ -179,20 +223,10 @@ def add_norm(
     Dropout with probability p is by the decisions of `site` under the seed, int64 (1,), for a matrix (N, C); None where p is 0.
     """
     x, branch = x.contiguous(), branch.contiguous()
-    out, y, n = torch.empty_like(x), torch.empty_like(branch), x.numel() // x.size(-1)
-    mean, rstd = (torch.empty(n, dtype=torch.float32, device=x.device) for _ in range(2))
-    tile = _tile(x.size(-1), 2048)
-    _add_norm[(triton.cdiv(n, tile["ROWS"]),)](
-        x, branch, seed, site, threshold(p), 1 / (1 - p), weight, bias, out, y, mean, rstd, n, DROPOUT=p > 0, BIAS=bias is not None, **tile
-    )  # fmt: skip
-    return out, y, mean, rstd
+    return _add_norm_into(torch.empty_like(branch), x, branch, seed, site, p, weight, bias, False)
 
 
-@add_norm.register_fake
-def _(x, branch, seed, site, p, weight, bias):
-    statistics = x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
-    form = {"memory_format": torch.contiguous_format}
-    return torch.empty_like(x, **form), torch.empty_like(branch, **form), statistics, torch.empty_like(statistics)
+add_norm.register_fake(lambda x, branch, seed, site, p, weight, bias: _like_add_norm(branch, branch.dtype))
 
 
 @operator
@@ -201,21 +235,9 @@ def add_norm_backward(
     mean: torch.Tensor, rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of x (float32), branch (dy's dtype), weight and bias (empty if not `bias`). dout is None where the sum goes nowhere else."""
-    dy = dy.contiguous()
-    dout = dout if dout is None else dout.contiguous()
-    dx, dbranch, n = torch.empty_like(out), torch.empty_like(dy), out.numel() // out.size(-1)
-    tile = _tile(out.size(-1), 1024)
-    alone = tile["BLOCK"] == 1024  # a row of one warp has sums without barriers; longer ones would not fit its registers
-    tiles = triton.cdiv(n, tile["ROWS"])
-    programs = min(tiles, (16 if alone else 8) * processors(out.device))  # about as many as run at once
-    tile["num_warps"] = 1 if alone else tile["num_warps"]
-    dweight = weight.new_empty(programs, len(weight))
-    dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
-    _add_norm_backward[(programs,)](
-        dout, dy, out, seed, site, threshold(p), 1 / (1 - p), weight, mean, rstd, dx, dbranch, dweight, dbias, n, triton.cdiv(tiles, programs),
-        DROPOUT=p > 0, BIAS=bias, RESIDUAL=dout is not None, **tile,
-    )  # fmt: skip
-    return dx, dbranch, _sum(dweight), _sum(dbias) if bias else dbias
+    dy, dout = dy.contiguous(), dout if dout is None else dout.contiguous()
+    dx, dbranch = torch.empty_like(out), torch.empty_like(dy)
+    return dx, dbranch, *_add_norm_backward_into(dx, dbranch, dout, dy, out, seed, site, p, weight, bias, mean, rstd)
 
 
 @add_norm_backward.register_fake
@@ -238,6 +260,52 @@ class _AddNorm(torch.autograd.Function):
         out, seed, weight, mean, rstd = ctx.saved_tensors
         dx, dbranch, dweight, dbias = add_norm_backward(None if ctx.last else dout, dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd)
         return dx, dbranch, None, None, None, dweight, dbias if ctx.bias else None, None
+
+
+@operator
+def start_norm(
+    x: torch.Tensor, positions: torch.Tensor | None, seed: torch.Tensor, site: int, p: float, weight: torch.Tensor, bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x (B, T, C) plus any positions (T, C) float32, then dropout as in `add_norm` -> that in float32, LN of it in `dtype`, mean and 1 / std (N,)."""
+    x, positions = x.contiguous(), positions if positions is None else positions.contiguous()
+    return _add_norm_into(torch.empty_like(x, dtype=dtype), positions, x, seed, site, p, weight, bias, True)
+
+
+start_norm.register_fake(lambda x, positions, seed, site, p, weight, bias, dtype: _like_add_norm(x, dtype))
+
+
+@operator
+def start_norm_backward(
+    dout: torch.Tensor, dy: torch.Tensor, out: torch.Tensor, seed: torch.Tensor, site: int, p: float, weight: torch.Tensor, bias: bool,
+    mean: torch.Tensor, rstd: torch.Tensor, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x + positions (B, T, C) in `dtype`, weight and bias (empty if not `bias`)."""
+    dx = torch.empty_like(out, dtype=dtype)
+    return dx, *_add_norm_backward_into(None, dx, dout.contiguous(), dy.contiguous(), out, seed, site, p, weight, bias, mean, rstd)
+
+
+@start_norm_backward.register_fake
+def _(dout, dy, out, seed, site, p, weight, bias, mean, rstd, dtype):
+    return torch.empty_like(out, dtype=dtype), torch.empty_like(weight), torch.empty_like(weight) if bias else weight.new_empty(0)
+
+
+class _StartNorm(torch.autograd.Function):
+    """x plus any positions after dropout, and LN of it in `dtype`. The positions' gradient is a sum over the batch of x's, which is in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, positions, seed, site, p, weight, bias, dtype):
+        out, y, mean, rstd = start_norm(x, positions, seed, site, p, weight, bias, dtype)
+        ctx.save_for_backward(out, seed, weight, mean, rstd)
+        ctx.dropout, ctx.bias, ctx.positions, ctx.dtype = (site, p), bias is not None, positions is not None, x.dtype
+        return out, y
+
+    @staticmethod
+    def backward(ctx, dout, dy):
+        out, seed, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = start_norm_backward(dout, dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd, ctx.dtype)
+        dpositions = dx.sum(dim=0, dtype=torch.float32) if ctx.positions else None
+        return dx, dpositions, None, None, None, dweight, dbias if ctx.bias else None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -548,6 +616,9 @@ class Attention(CausalSelfAttention):
 # Blocks
 
 
+START = 0  # where the embeddings have dropout, for the generator
+
+
 def sites(layer: int) -> tuple[int, int, int]:
     """Where a layer has dropout, for the generator: A, attention's branch, the MLP's branch."""
     return 3 * layer + 1, 3 * layer + 2, 3 * layer + 3
@@ -556,13 +627,16 @@ def sites(layer: int) -> tuple[int, int, int]:
 class Block(model.Block):
     """A block that leaves its last addition to the next one, where it is one pass with the LayerNorm that follows."""
 
-    def forward(self, x, branch=None, seed=None, p=0.0, taps=None):
-        """x + branch after dropout is the stream that enters; returns such a pair. `seed` as in `_Body.body`."""
-        layer = self.attn.layer
-        if branch is None:
-            y = self.ln_1(x)
+    def forward(self, x, branch, seed, p, taps=None):
+        """x + branch after dropout is the stream that enters; returns such a pair. What enters the first block is the embeddings x: with dropout
+        (`seed` as in `_Body.body`) x plus any positions, `branch`, before it."""
+        layer, ln = self.attn.layer, self.ln_1
+        if layer > 0:
+            x, y = _AddNorm.apply(x, branch, seed, sites(layer - 1)[2], p, ln.weight, ln.bias, False)
+        elif seed is not None:
+            x, y = _StartNorm.apply(x, branch, seed, START, p, ln.weight, ln.bias, _half(x))
         else:
-            x, y = _AddNorm.apply(x, branch, seed, sites(layer - 1)[2], p, self.ln_1.weight, self.ln_1.bias, False)
+            y = ln(x)
         if isinstance(self.attn, Attention):
             branch = self.attn.branch(y, taps, seed)
         else:  # a variant does its own dropout
@@ -574,13 +648,16 @@ class Block(model.Block):
 class _Body:
     """Network.body by those blocks."""
 
-    def body(self, x, cache=None, taps=None):
+    def body(self, x, positions=None, cache=None, taps=None):
         blocks, p, ln = self.transformer.h, self.config.dropout if self.training else 0.0, self.transformer.ln_f
+        if cache is not None or not p:
+            x = self.transformer.drop(x if positions is None else x + positions)
+            positions = None
         if cache is not None:  # decoding, one token at a time: the model's own way
             for block in blocks:
                 x = model.Block.forward(block, x, cache, taps)
             return ln(x)
-        seed, branch = dropout_seed(x.detach()) if p else None, None
+        seed, branch = dropout_seed(x.detach()) if p else None, positions  # one seed for all of a pass; each place has its decisions from it
         for block in blocks:
             x, branch = block(x, branch, seed, p, taps)
         return _AddNorm.apply(x, branch, seed, sites(len(blocks) - 1)[2], p, ln.weight, ln.bias, True)[1]
@@ -686,10 +763,10 @@ class _OutputLoss(torch.autograd.Function):
 class FusedGPT(_Body, GPT):
     """A GPT whose loss comes without whole logits (None in their place)."""
 
-    def embed(self, idx, cache=None):
+    def parts(self, idx, cache=None):
         if cache is not None:
-            return super().embed(idx, cache)
-        return _Lookup.apply(self.transformer.wte.weight, idx) + self.transformer.wpe.weight[: idx.size(1)]
+            return super().parts(idx, cache)
+        return _Lookup.apply(self.transformer.wte.weight, idx), self.transformer.wpe.weight[: idx.size(1)]
 
     def output(self, x, targets=None):
         if targets is None:

@@ -269,8 +269,14 @@ class Network(nn.Module):
 
             add_theory(self)
 
-    def body(self, x, cache: KVCache | None = None, taps: list | None = None):
-        """Blocks and the last LayerNorm: (B, T, C) -> (B, T, C)."""
+    def embed(self, *inputs):
+        """What enters, before dropout: the sum of `parts`, (B, T, C)."""
+        x, positions = self.parts(*inputs)
+        return x + positions
+
+    def body(self, x, positions=None, cache: KVCache | None = None, taps: list | None = None):
+        """Dropout of x, (B, T, C), plus any positions, (T, C); blocks and the last LayerNorm: (B, T, C)."""
+        x = self.transformer.drop(x if positions is None else x + positions)
         for block in self.transformer.h:
             x = block(x, cache, taps)
         return self.transformer.ln_f(x)
@@ -299,10 +305,10 @@ class GPT(Network):
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights(seed)
 
-    def embed(self, idx, cache: KVCache | None = None):
-        """Token plus position embeddings of (B, T) ids, after those in the cache: (B, T, C)."""
+    def parts(self, idx, cache: KVCache | None = None):
+        """Token and position embeddings of (B, T) ids, after those in the cache: (B, T, C) and (T, C)."""
         wpe, T = self.transformer.wpe, idx.size(1)
-        return self.transformer.wte(idx) + (wpe.weight[:T] if cache is None else wpe(cache.positions(T)))
+        return self.transformer.wte(idx), wpe.weight[:T] if cache is None else wpe(cache.positions(T))
 
     def forward(self, idx, targets=None, cache: KVCache | None = None, embeddings=None, taps: list | None = None):
         """idx, targets: (B, T) int64; a target of -1 is ignored. Returns logits and the mean cross-entropy in nats.
@@ -315,8 +321,8 @@ class GPT(Network):
         T = idx.size(1)
         if past + T > self.config.block_size:
             raise ValueError(f"context of {past + T} tokens is longer than block_size {self.config.block_size}")
-        x = self.transformer.drop(self.embed(idx, cache) if embeddings is None else embeddings)  # (B, T, C)
-        x = self.body(x, cache, taps)
+        parts = self.parts(idx, cache) if embeddings is None else (embeddings, None)
+        x = self.body(*parts, cache, taps)  # (B, T, C)
         if cache is not None:
             cache.length += T
         return self.output(x, targets)
@@ -375,17 +381,17 @@ class ViT(Network):
         self.to_empty(device="cpu")
         self.init_weights(seed)
 
-    def embed(self, pictures):
-        """Patch plus position embeddings of (B, 3, S, S) pictures: (B, T, C)."""
+    def parts(self, pictures):
+        """Patch and position embeddings of (B, 3, S, S) pictures: (B, T, C) and (T, C)."""
         B, p, n = pictures.size(0), self.config.patch_size, self.config.image_size // self.config.patch_size
         patches = pictures.view(B, 3, n, p, n, p).permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, 3 * p * p)  # (B, T, 3 p p)
-        return self.transformer.patch(patches) + self.transformer.wpe.weight
+        return self.transformer.patch(patches), self.transformer.wpe.weight
 
     def forward(self, pictures, labels=None, embeddings=None, taps: list | None = None):
         """pictures: (B, 3, S, S), normalised per channel; labels: (B,) int64, -1 is ignored. Returns (B, n_classes) logits and the loss in nats.
 
         `embeddings` and `taps` are as in GPT.forward.
         """
-        x = self.transformer.drop(self.embed(pictures) if embeddings is None else embeddings)  # (B, T, C)
-        logits = self.lm_head(self.body(x, taps=taps).mean(dim=1))
+        parts = self.parts(pictures) if embeddings is None else (embeddings, None)
+        logits = self.lm_head(self.body(*parts, taps=taps).mean(dim=1))  # (B, T, C) before the mean
         return logits, None if labels is None else F.cross_entropy(logits.float(), labels, ignore_index=-1)

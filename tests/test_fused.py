@@ -15,7 +15,7 @@ import fused  # noqa: E402
 import fused_attention  # noqa: E402
 import fused_products  # noqa: E402
 import operators  # noqa: E402
-from model import GPT, GPTConfig, ViT, ViTConfig, attention_reference  # noqa: E402
+from model import GPT, GPTConfig, ViT, ViTConfig, attention_matrix, attention_reference  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 ARMS = [
@@ -67,6 +67,36 @@ def test_residual_dropout_and_layer_norm(shape, bias, p, last):
         close(ours, theirs, 2e-6, 2e-6 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("B, T, C", [(3, 5, 24), (2, 7, 96), (4, 16, 384)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("p", [0.1, 0.4])
+@pytest.mark.parametrize("placed", [True, False])
+def test_embeddings_positions_dropout_and_layer_norm(B, T, C, bias, p, placed):
+    """What comes in half precision gets its gradient in it; the stream and the positions' gradient are in float32."""
+    torch.manual_seed(0)
+    half, rounding = (torch.bfloat16, 2**-8) if CUDA else (torch.float16, 2**-10)  # the interpreter truncates to bfloat16, a GPU rounds
+    x = torch.randn(B, T, C, device=DEVICE).to(half).requires_grad_()
+    positions, weight, offset = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((T, C), (C,), (C,)))
+    seed, directions = torch.randint(2**62, (1,), device=DEVICE), torch.randn(2, B, T, C, device=DEVICE)
+    kept = dropout.kept(seed, 3, p, B * T, C).view(B, T, C)
+    out, y = fused._StartNorm.apply(x, positions if placed else None, seed, 3, p, weight, offset if bias else None, half)
+    assert (out.dtype, y.dtype) == (torch.float32, half)
+    ((out * directions[0]).sum() + (y.float() * directions[1]).sum()).backward()
+    x64, positions64, weight64, offset64 = (t.detach().double().requires_grad_() for t in (x, positions, weight, offset))
+    out64 = (x64 + positions64 if placed else x64) * kept / (1 - p)
+    y64 = F.layer_norm(out64, (C,), weight64, offset64 if bias else None, 1e-5)
+    dy = directions[1].to(half).double()  # as it arrives
+    ((out64 * directions[0]).sum() + (y64 * dy).sum()).backward()
+    close(out, out64, 2e-6, 1e-6)
+    close(y, y64, rounding, 1e-5)
+    close(x.grad, x64.grad, rounding, 1e-4)
+    for ours, theirs in ((weight, weight64), *(((offset, offset64),) if bias else ())):
+        close(ours.grad, theirs.grad, 2e-6, 4e-6 * float(theirs.grad.abs().max()))
+    if placed:
+        assert torch.equal(positions.grad, x.grad.float().sum(dim=0))
+        close(positions.grad, positions64.grad, 0, B * rounding * float(x64.grad.abs().max()))
+
+
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_and_its_gradients_are_those_of_the_stored_matrix(arm, causal):
@@ -100,7 +130,7 @@ def test_no_token_sees_the_future(arm, n_embd):
     idx = torch.randint(31, (2, 80), device=DEVICE)
     other = torch.cat((idx[:, :50], (idx[:, 50:] + 1) % 31), dim=1)
     with torch.no_grad():
-        before, after = model.body(model.embed(idx)), model.body(model.embed(other))
+        before, after = model.body(*model.parts(idx)), model.body(*model.parts(other))
     assert torch.equal(before[:, :50], after[:, :50])
     assert (before[:, 50:] - after[:, 50:]).abs().amax(dim=2).min() > 1e-3, "and every later one sees what changed"
 
@@ -244,33 +274,57 @@ def test_attention_over_short_sequences_drops_out_what_its_mask_says(monkeypatch
         seen.clear()
 
 
+def with_mask(attention, kept, p: float):
+    """The model's attention as it is, with dropout by a given mask."""
+
+    def attend(q, keys, values, mask, causal):
+        A = attention_matrix(q, keys, causal)
+        return (A if kept is None else A * kept / (1 - p)) @ values
+
+    attention.attend = attend
+
+
 @pytest.mark.parametrize("arm", [{}, {"diffusion": True}])
-def test_dropout_of_both_branches_of_every_block(monkeypatch, arm):
-    """Loss and gradients with given masks are those of the plain model with the same ones; attention's own dropout is the framework's."""
+@pytest.mark.parametrize("n_embd", [24, 48])  # heads of 8 channels: dropout of A is the framework's, and left out; of 16: by fused_attention
+@pytest.mark.parametrize("given", [False, True])
+def test_dropout_everywhere(monkeypatch, arm, n_embd, given):
+    """Loss and gradients are those of the plain model with the masks of the seed at every place, embeddings given or not; no two masks are alike."""
     p = 0.4
-    for model, fast, inputs in both({"dropout": p, **arm}):
+    for model, fast, inputs in both({"dropout": p, **arm}, n_embd=n_embd):
         seeds, draw = [], dropout.dropout_seed
         monkeypatch.setattr(fused, "dropout_seed", lambda x, seeds=seeds: seeds.append(draw(x)) or seeds[-1])
-        for network in (model, fast):
-            network.transformer.drop = torch.nn.Identity()
-            for block in network.transformer.h:
-                block.attn.dropout = 0.0
-        fast_loss = fast.train()(*inputs)[1]
-        (seed,) = seeds
+        for block in fast.transformer.h if n_embd == 24 else ():
+            block.attn.dropout = 0.0
+        more = {"embeddings": 3 * torch.randn(4, 16, n_embd, device=DEVICE)} if given else {}
+        fast_loss = fast.train()(*inputs, **more)[1]
+        (seed,), masks = seeds, []
+
+        def kept(site, rows, columns, seed=seed, masks=masks):
+            masks.append((site, dropout.kept(seed, site, p, rows, columns)))
+            return masks[-1][1]
+
+        model.transformer.drop = Masked(kept(fused.START, 64, n_embd).view(4, 16, n_embd), p)
         for i, block in enumerate(model.transformer.h):
-            masks = [Masked(dropout.kept(seed, site, p, 64, 24).view(4, 16, 24), p) for site in fused.sites(i)[1:]]
-            block.attn.resid_dropout, block.mlp.dropout = masks
-        plain_loss = model.train()(*inputs)[1]
+            inside, attention, mlp = fused.sites(i)
+            with_mask(block.attn, kept(inside, 4 * 3 * 16, 16).view(4, 3, 16, 16) if n_embd == 48 else None, p)
+            block.attn.resid_dropout, block.mlp.dropout = (Masked(kept(site, 64, n_embd).view(4, 16, n_embd), p) for site in (attention, mlp))
+        assert len({site for site, _ in masks}) == len(masks) >= 5
+        assert not any(one.shape == other.shape and torch.equal(one, other) for i, (_, one) in enumerate(masks) for _, other in masks[:i])
+        plain_loss = model.train()(*inputs, **more)[1]
         close(fast_loss, plain_loss, 1e-5)
         fast_loss.backward()
         plain_loss.backward()
-        for ours, theirs in zip(fast.parameters(), model.parameters()):
-            close(ours.grad, theirs.grad, 1e-5, 1e-5 * float(theirs.grad.abs().max()))
+        for (name, ours), theirs in zip(fast.named_parameters(), model.parameters()):
+            assert (ours.grad is None) == (theirs.grad is None), name
+            if theirs.grad is not None:
+                close(ours.grad, theirs.grad, 1e-5, 1e-5 * float(theirs.grad.abs().max()))
         with torch.no_grad():
-            assert float(fast(*inputs)[1]) != float(fast(*inputs)[1])  # other masks
+            assert float(fast(*inputs, **more)[1]) != float(fast(*inputs, **more)[1])  # other masks
+            model.transformer.drop = torch.nn.Identity()
             for block in model.transformer.h:
+                with_mask(block.attn, None, p)
                 block.attn.resid_dropout = block.mlp.dropout = torch.nn.Identity()
-            close(fast.eval()(*inputs)[1], model.eval()(*inputs)[1], 1e-5)
+            close(fast.eval()(*inputs, **more)[1], model.eval()(*inputs, **more)[1], 1e-5)
 
 
 @pytest.mark.skipif(not CUDA, reason="half precision by autocast needs a GPU")
@@ -323,6 +377,11 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
     for dout, bias in ((None, True), (rows.clone(), False)):
         arguments = (dout, rows.clone(), rows, seed, 3, 0.2, gain, bias, statistics, statistics.clone())
         torch.library.opcheck(fused.add_norm_backward, arguments, test_utils=checks)
+    stream, half = torch.randn(2, 3, 4, device=DEVICE), torch.float16
+    for positions, bias in ((torch.randn(3, 4, device=DEVICE), None), (None, gain.clone())):
+        torch.library.opcheck(fused.start_norm, (stream.to(half), positions, seed, 3, 0.2, gain, bias, half), test_utils=checks)
+        arguments = (stream.clone(), stream.to(half), stream, seed, 3, 0.2, gain, bias is not None, statistics, statistics.clone(), half)
+        torch.library.opcheck(fused.start_norm_backward, arguments, test_utils=checks)
 
 
 @pytest.mark.skipif(torch.__version__ >= (2, 13), reason="mended in torch 2.13")
