@@ -3,7 +3,7 @@
 torch.compile fuses element-wise passes well, but leaves these to be won (times in LOG.md):
 
     residual, dropout, LayerNorm   one pass in each direction, which also writes the branch's gradient in half precision and sums the gain's; the
-                                   first one takes the embeddings, where they have dropout
+                                   first one takes the embeddings, where they have dropout; a ViT's last one gives the mean over tokens
     dropout                        eight decisions from one Philox call, computed again for the way back: no mask is ever stored (dropout.py)
     linear layers                  weights are cast once per step, all together; their gradients leave the product in float32
     GELU                           exact up to 2.2e-7 with one exp2 and one rsqrt instead of the long erf; kept, not computed again; on Hopper GPUs it
@@ -93,11 +93,14 @@ class _Lookup(torch.autograd.Function):
 # Residual stream and LayerNorm
 
 
-@triton.jit(do_not_specialize=["site"])
-def _add_norm(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, n, T,
-              START: tl.constexpr, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """x plus the branch after dropout; with START no x, but at x_ptr, if anywhere, (T, C) to be added to every T rows of the branch before."""
-    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+@triton.jit
+def _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, out_ptr, mean_ptr, rstd_ptr, row, n, T, START: tl.constexpr, C: tl.constexpr,
+            DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Rows `row` (ROWS,) below n of x plus the branch after dropout, stored; returns them with mean 0 and variance 1, and 0 elsewhere.
+
+    With START no x, but at x_ptr, if anywhere, (T, C) to be added to every T rows of the branch before.
+    """
+    column = tl.arange(0, BLOCK)
     i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
     branch = tl.load(branch_ptr + i, mask=mask, other=0.0).to(tl.float32)
     if START:
@@ -113,27 +116,54 @@ def _add_norm(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_
     mean = tl.sum(x, axis=1) / C
     centred = tl.where(mask, x - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + 1e-5)
-    y = centred * rstd[:, None] * tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :]
-    if BIAS:
-        y += tl.load(bias_ptr + column, mask=column < C, other=0.0)[None, :]
-    tl.store(y_ptr + i, y, mask=mask)
     tl.store(mean_ptr + row, mean, mask=row < n)
     tl.store(rstd_ptr + row, rstd, mask=row < n)
+    return centred * rstd[:, None]
+
+
+@triton.jit(do_not_specialize=["site"])
+def _add_norm(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, n, T,
+              START: tl.constexpr, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    y = _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, out_ptr, mean_ptr, rstd_ptr, row, n, T, START, C, DROPOUT, ROWS, BLOCK)
+    y *= tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :]
+    if BIAS:
+        y += tl.load(bias_ptr + column, mask=column < C, other=0.0)[None, :]
+    tl.store(y_ptr + row[:, None].to(tl.int64) * C + column[None, :], y, mask=(row[:, None] < n) & (column[None, :] < C))
+
+
+@triton.jit(do_not_specialize=["site"])
+def _add_norm_mean(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, T,
+                   C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The T rows of a sequence, of which the mean of y alone is kept."""
+    column, first = tl.arange(0, BLOCK), tl.program_id(0) * T
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, T, ROWS):
+        row, n = first + start + tl.arange(0, ROWS), first + T
+        total += _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, out_ptr, mean_ptr, rstd_ptr, row, n, T, False, C, DROPOUT, ROWS, BLOCK)
+    y = tl.sum(total, axis=0) / T * tl.load(weight_ptr + column, mask=column < C, other=0.0)
+    if BIAS:
+        y += tl.load(bias_ptr + column, mask=column < C, other=0.0)
+    tl.store(y_ptr + tl.program_id(0).to(tl.int64) * C + column, y, mask=column < C)
 
 
 @triton.jit(do_not_specialize=["site"])
 def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, seed_ptr, site, least, scale, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dweight_ptr,
-                       dbias_ptr, n, tiles, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-                       ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                       dbias_ptr, n, T, tiles, MEAN: tl.constexpr, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr,
+                       RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Each program takes `tiles` tiles of ROWS rows, so that the sums over rows for the gain and the bias stay in registers until its end, where it
-    writes its own row of (programs, C) partial sums. Without a residual stream before the sum there is no dx to be written."""
+    writes its own row of (programs, C) partial sums. Without a residual stream before the sum there is no dx to be written. With MEAN
+    dy is that of means over T rows of y."""
     column = tl.arange(0, BLOCK)
-    weight = tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :]
+    weight, share = tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :], 1.0 / T
     dweight, dbias = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
     for tile in range(tiles):
         row = (tile * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
         i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
-        dy = tl.load(dy_ptr + i, mask=mask, other=0.0).to(tl.float32)
+        if MEAN:
+            dy = tl.load(dy_ptr + (row // T)[:, None].to(tl.int64) * C + column[None, :], mask=mask, other=0.0).to(tl.float32) * share
+        else:
+            dy = tl.load(dy_ptr + i, mask=mask, other=0.0).to(tl.float32)
         mean, rstd = tl.load(mean_ptr + row, mask=row < n, other=0.0), tl.load(rstd_ptr + row, mask=row < n, other=0.0)
         normal = tl.where(mask, (tl.load(out_ptr + i, mask=mask, other=0.0) - mean[:, None]) * rstd[:, None], 0.0)
         dweight += dy * normal
@@ -198,9 +228,12 @@ def _like_add_norm(branch, dtype: torch.dtype):
 
 
 def _add_norm_backward_into(dx, dbranch, dout, dy, out, seed, site: int, p: float, weight, bias: bool, mean, rstd):
-    """The gradients of x (unless None) and of the branch into dx and dbranch; returns those of weight and bias (empty if not `bias`)."""
+    """The gradients of x (unless None) and of the branch into dx and dbranch; returns those of weight and bias (empty if not `bias`).
+
+    dy is that of y or, with fewer rows, of its means over as many rows each.
+    """
     C = out.size(-1)
-    n, tile = out.numel() // C, _tile(C, 1024)
+    n, tile, T = out.numel() // C, _tile(C, 1024), out.numel() // dy.numel()
     alone = tile["BLOCK"] == 1024  # a row of one warp has sums without barriers; longer ones would not fit its registers
     tiles = triton.cdiv(n, tile["ROWS"])
     programs = min(tiles, (16 if alone else 8) * processors(out.device))  # about as many as run at once
@@ -208,8 +241,8 @@ def _add_norm_backward_into(dx, dbranch, dout, dy, out, seed, site: int, p: floa
     dweight = weight.new_empty(programs, C)
     dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
     _add_norm_backward[(programs,)](
-        dout, dy, out, seed, site, threshold(p), 1 / (1 - p), weight, mean, rstd, dx, dbranch, dweight, dbias, n, triton.cdiv(tiles, programs),
-        DROPOUT=p > 0, BIAS=bias, RESIDUAL=dout is not None, **tile,
+        dout, dy, out, seed, site, threshold(p), 1 / (1 - p), weight, mean, rstd, dx, dbranch, dweight, dbias, n, T, triton.cdiv(tiles, programs),
+        MEAN=T > 1, DROPOUT=p > 0, BIAS=bias, RESIDUAL=dout is not None, **tile,
     )  # fmt: skip
     return _sum(dweight), _sum(dbias) if bias else dbias
 
@@ -260,6 +293,59 @@ class _AddNorm(torch.autograd.Function):
         out, seed, weight, mean, rstd = ctx.saved_tensors
         dx, dbranch, dweight, dbias = add_norm_backward(None if ctx.last else dout, dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd)
         return dx, dbranch, None, None, None, dweight, dbias if ctx.bias else None, None
+
+
+@operator
+def add_norm_mean(
+    x: torch.Tensor, branch: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`add_norm` of (B, T, C) whose LN is not kept, but its mean over T: (B, C) float32."""
+    x, branch, (B, T, C) = x.contiguous(), branch.contiguous(), x.shape
+    out, y = torch.empty_like(x), torch.empty(B, C, dtype=torch.float32, device=x.device)
+    mean, rstd = (torch.empty(B * T, dtype=torch.float32, device=x.device) for _ in range(2))
+    _add_norm_mean[(B,)](
+        x, branch, seed, site, threshold(p), 1 / (1 - p), weight, bias, out, y, mean, rstd, T, DROPOUT=p > 0, BIAS=bias is not None, **_tile(C, 2048)
+    )
+    return out, y, mean, rstd
+
+
+@add_norm_mean.register_fake
+def _(x, branch, seed, site, p, weight, bias):
+    out, _, *statistics = _like_add_norm(branch, branch.dtype)
+    return out, x.new_empty(x.size(0), x.size(2), dtype=torch.float32), *statistics
+
+
+@operator
+def add_norm_mean_backward(
+    dy: torch.Tensor, out: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: bool, mean: torch.Tensor,
+    rstd: torch.Tensor, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x (float32), branch (`dtype`), weight and bias (empty if not `bias`) from that of the means, (B, C); the sum goes nowhere else."""
+    dx, dbranch = torch.empty_like(out), torch.empty_like(out, dtype=dtype)
+    return dx, dbranch, *_add_norm_backward_into(dx, dbranch, None, dy.contiguous(), out, seed, site, p, weight, bias, mean, rstd)
+
+
+@add_norm_mean_backward.register_fake
+def _(dy, out, seed, site, p, weight, bias, mean, rstd, dtype):
+    nothing = weight.new_empty(0)
+    return torch.empty_like(out), torch.empty_like(out, dtype=dtype), torch.empty_like(weight), torch.empty_like(weight) if bias else nothing
+
+
+class _AddNormMean(torch.autograd.Function):
+    """What is left of `_AddNorm` where its y is wanted for the mean over T alone: (B, C) float32."""
+
+    @staticmethod
+    def forward(ctx, x, branch, seed, site, p, weight, bias):
+        out, y, mean, rstd = add_norm_mean(x, branch, seed, site, p, weight, bias)
+        ctx.save_for_backward(out, seed, weight, mean, rstd)
+        ctx.dropout, ctx.bias, ctx.dtype = (site, p), bias is not None, branch.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        out, seed, weight, mean, rstd = ctx.saved_tensors
+        dx, dbranch, dweight, dbias = add_norm_mean_backward(dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd, ctx.dtype)
+        return dx, dbranch, None, None, None, dweight, dbias if ctx.bias else None
 
 
 @operator
@@ -648,19 +734,22 @@ class Block(model.Block):
 class _Body:
     """Network.body by those blocks."""
 
-    def body(self, x, positions=None, cache=None, taps=None):
+    def blocks(self, x, positions, taps):
+        """What the last addition and LayerNorm take: the stream, the last branch, its dropout, gain and bias."""
         blocks, p, ln = self.transformer.h, self.config.dropout if self.training else 0.0, self.transformer.ln_f
-        if cache is not None or not p:
-            x = self.transformer.drop(x if positions is None else x + positions)
-            positions = None
-        if cache is not None:  # decoding, one token at a time: the model's own way
-            for block in blocks:
-                x = model.Block.forward(block, x, cache, taps)
-            return ln(x)
-        seed, branch = dropout_seed(x.detach()) if p else None, positions  # one seed for all of a pass; each place has its decisions from it
+        seed = dropout_seed(x.detach()) if p else None  # one for all of a pass; each place has its decisions from it
+        x, branch = (x if p or positions is None else x + positions), positions
         for block in blocks:
             x, branch = block(x, branch, seed, p, taps)
-        return _AddNorm.apply(x, branch, seed, sites(len(blocks) - 1)[2], p, ln.weight, ln.bias, True)[1]
+        return x, branch, seed, sites(len(blocks) - 1)[2], p, ln.weight, ln.bias
+
+    def body(self, x, positions=None, cache=None, taps=None):
+        if cache is None:
+            return _AddNorm.apply(*self.blocks(x, positions, taps), True)[1]
+        x = self.transformer.drop(x if positions is None else x + positions)
+        for block in self.transformer.h:  # decoding, one token at a time: the model's own way
+            x = model.Block.forward(block, x, cache, taps)
+        return self.transformer.ln_f(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -776,7 +865,10 @@ class FusedGPT(_Body, GPT):
 
 
 class FusedViT(_Body, ViT):
-    """A ViT by the fused blocks."""
+    """A ViT by the fused blocks, whose last LayerNorm is not kept beside its mean."""
+
+    def pooled(self, x, positions=None, taps=None):
+        return _AddNormMean.apply(*self.blocks(x, positions, taps))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

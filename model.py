@@ -387,11 +387,15 @@ class ViT(Network):
         patches = pictures.view(B, 3, n, p, n, p).permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, 3 * p * p)  # (B, T, 3 p p)
         return self.transformer.patch(patches), self.transformer.wpe.weight
 
+    def pooled(self, x, positions=None, taps: list | None = None):
+        """The mean of `body` over patches: (B, C)."""
+        return self.body(x, positions, taps=taps).mean(dim=1)
+
     def forward(self, pictures, labels=None, embeddings=None, taps: list | None = None):
         """pictures: (B, 3, S, S), normalised per channel; labels: (B,) int64, -1 is ignored. Returns (B, n_classes) logits and the loss in nats.
 
         `embeddings` and `taps` are as in GPT.forward.
         """
         parts = self.parts(pictures) if embeddings is None else (embeddings, None)
-        logits = self.lm_head(self.body(*parts, taps=taps).mean(dim=1))  # (B, T, C) before the mean
+        logits = self.lm_head(self.pooled(*parts, taps))
         return logits, None if labels is None else F.cross_entropy(logits.float(), labels, ignore_index=-1)

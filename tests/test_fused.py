@@ -67,6 +67,25 @@ def test_residual_dropout_and_layer_norm(shape, bias, p, last):
         close(ours, theirs, 2e-6, 2e-6 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("B, T, C", [(3, 5, 24), (2, 7, 96), (1, 1, 40), (2, 17, 384)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_the_mean_of_the_last_layer_norm(B, T, C, bias, p):
+    torch.manual_seed(0)
+    x, branch = (torch.randn(B, T, C, device=DEVICE, requires_grad=True) for _ in range(2))
+    weight, offset, direction = torch.randn(C, device=DEVICE), torch.randn(C, device=DEVICE), torch.randn(B, C, device=DEVICE)
+    seed = torch.randint(2**62, (1,), device=DEVICE) if p else None
+    leaves = x, branch, weight.requires_grad_(), *((offset.requires_grad_(),) if bias else ())
+    y = fused._AddNormMean.apply(x, branch, seed, 3, p, weight, offset if bias else None)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    dropped = exact[1] * dropout.kept(seed, 3, p, B * T, C).view(B, T, C) / (1 - p) if p else exact[1]
+    reference = F.layer_norm(exact[0] + dropped, (C,), exact[2], exact[3] if bias else None, 1e-5).mean(dim=1)
+    assert y.dtype == torch.float32
+    close(y, reference, 2e-6, 2e-6)
+    for ours, theirs in zip(torch.autograd.grad(y, leaves, direction), torch.autograd.grad(reference, exact, direction.double())):
+        close(ours, theirs, 2e-6, 2e-6 * float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize("B, T, C", [(3, 5, 24), (2, 7, 96), (4, 16, 384)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("p", [0.1, 0.4])
@@ -378,6 +397,10 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
         arguments = (dout, rows.clone(), rows, seed, 3, 0.2, gain, bias, statistics, statistics.clone())
         torch.library.opcheck(fused.add_norm_backward, arguments, test_utils=checks)
     stream, half = torch.randn(2, 3, 4, device=DEVICE), torch.float16
+    for drop, bias in (((seed, 3, 0.2), None), ((None, 0, 0.0), gain.clone())):
+        torch.library.opcheck(fused.add_norm_mean, (stream, stream.to(half), *drop, gain, bias), test_utils=checks)
+        arguments = (rows[:2].clone(), stream, *drop, gain, bias is not None, statistics, statistics.clone(), half)
+        torch.library.opcheck(fused.add_norm_mean_backward, arguments, test_utils=checks)
     for positions, bias in ((torch.randn(3, 4, device=DEVICE), None), (None, gain.clone())):
         torch.library.opcheck(fused.start_norm, (stream.to(half), positions, seed, 3, 0.2, gain, bias, half), test_utils=checks)
         arguments = (stream.clone(), stream.to(half), stream, seed, 3, 0.2, gain, bias is not None, statistics, statistics.clone(), half)
