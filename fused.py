@@ -682,7 +682,7 @@ class Attention(CausalSelfAttention):
 
     def branch(self, x, taps=None, seed=None):
         """(B, T, C) -> (B, T, C), by fused_attention where it applies, else by the passes above around the framework's kernel. `taps` as in
-        GPT.forward; `seed` of dropout as in `_Body.body`."""
+        GPT.forward; `seed` of dropout as in `_Body.blocks`."""
         tapped, (_, T, C), p = taps is not None, x.shape, self.dropout if self.training else 0.0
         long = self.long and _half(x) in (torch.bfloat16, torch.float16)  # without autocast the projection may be in float32
         if fused_attention.applies(T, C // self.n_head, self.causal, p, long) and not tapped:
@@ -715,7 +715,7 @@ class Block(model.Block):
 
     def forward(self, x, branch, seed, p, taps=None):
         """x + branch after dropout is the stream that enters; returns such a pair. What enters the first block is the embeddings x: with dropout
-        (`seed` as in `_Body.body`) x plus any positions, `branch`, before it."""
+        (`seed` as in `_Body.blocks`) x plus any positions, `branch`, before it."""
         layer, ln = self.attn.layer, self.ln_1
         if layer > 0:
             x, y = _AddNorm.apply(x, branch, seed, sites(layer - 1)[2], p, ln.weight, ln.bias, False)

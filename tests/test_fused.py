@@ -346,6 +346,21 @@ def test_dropout_everywhere(monkeypatch, arm, n_embd, given):
             close(fast.eval()(*inputs, **more)[1], model.eval()(*inputs, **more)[1], 1e-5)
 
 
+def test_dropout_with_the_compiler_is_the_same():
+    """Of one state of the generator: loss and gradients; and the next pass has others."""
+    for _, fast, inputs in both({"dropout": 0.3, "diffusion": True}, n_embd=48):
+        found = []
+        for network in (fast.train(), torch.compile(fast, backend="aot_eager", fullgraph=True)):
+            torch.manual_seed(1)
+            fast.zero_grad()
+            loss = network(*inputs)[1]
+            loss.backward()
+            found.append([loss.detach(), *(parameter.grad for parameter in fast.parameters())])
+            assert float(network(*inputs)[1].detach()) != float(loss.detach())
+        for ours, theirs in zip(*found, strict=True):
+            close(ours, theirs, 1e-5, 1e-5 * float(theirs.abs().max()))
+
+
 @pytest.mark.skipif(not CUDA, reason="half precision by autocast needs a GPU")
 @pytest.mark.parametrize("arm", ARMS)
 def test_half_precision_and_the_compiler_are_as_exact_as_plain_autocast(arm):
