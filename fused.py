@@ -26,9 +26,11 @@ import triton.language as tl
 from torch.nn import functional as F
 
 import fused_attention
+import fused_norm
 import fused_products
 import model
 from dropout import decisions, dropout_seed, threshold
+from fused_norm import add_norm_of, norm_of_backward, sum_of_rows
 from fused_products import gelu, linear_gelu, linear_gelu_backward, product_of_three
 from model import GPT, CausalSelfAttention, ViT
 from operators import operator
@@ -184,24 +186,6 @@ def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, seed_ptr, site, least, scale, 
         tl.store(dbias_ptr + tl.program_id(0) * C + column, tl.sum(dbias, axis=0), mask=column < C)
 
 
-@triton.jit
-def _sum_rows(x_ptr, out_ptr, n, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(n, C) -> (C,), BLOCK columns by one program."""
-    row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, n, ROWS):
-        total += tl.load(x_ptr + (start + row) * C + column[None, :], mask=(start + row < n) & (column[None, :] < C), other=0.0)
-    tl.store(out_ptr + column, tl.sum(total, axis=0), mask=column < C)
-
-
-def _sum(partial):
-    """Sum over the rows of a float32 matrix of some hundreds, several times as fast as torch's."""
-    n, C = partial.shape
-    out = partial.new_empty(C)
-    _sum_rows[(triton.cdiv(C, 16),)](partial, out, n, C, ROWS=256, BLOCK=16, num_warps=8)
-    return out
-
-
 def _tile(C: int, elements: int) -> dict:
     """Rows and columns of a tile of rows of C: about so many elements, one column block per row."""
     block = max(8, triton.next_power_of_2(C))  # one call of dropout's generator at least
@@ -244,7 +228,7 @@ def _add_norm_backward_into(dx, dbranch, dout, dy, out, seed, site: int, p: floa
         dout, dy, out, seed, site, threshold(p), 1 / (1 - p), weight, mean, rstd, dx, dbranch, dweight, dbias, n, T, triton.cdiv(tiles, programs),
         MEAN=T > 1, DROPOUT=p > 0, BIAS=bias, RESIDUAL=dout is not None, **tile,
     )  # fmt: skip
-    return _sum(dweight), _sum(dbias) if bias else dbias
+    return sum_of_rows(dweight), sum_of_rows(dbias) if bias else dbias
 
 
 @operator
@@ -680,15 +664,23 @@ class Attention(CausalSelfAttention):
         qkv = layer(x)
         return _SplitForDiffusion.apply(qkv, *form, tapped) if self.diffusing_heads else _Split.apply(qkv, self.n_head, tapped)
 
+    def packs(self, x) -> bool:
+        """Whether x (B, T, C) is for fused_attention."""
+        long = self.long and _half(x) in (torch.bfloat16, torch.float16)  # without autocast the projection may be in float32
+        p = self.dropout if self.training else 0.0
+        return fused_attention.applies(x.size(1), x.size(2) // self.n_head, self.causal, p, long)
+
+    def packed(self, qkv, seed):
+        """(B, T, 3 C) -> (B, T, C), by fused_attention."""
+        form = self.n_head, self.alpha, self.lam, self.diffusing_heads, self.causal
+        return fused_attention.PackedAttention.apply(qkv, seed, sites(self.layer)[0], self.dropout if self.training else 0.0, *form)
+
     def branch(self, x, taps=None, seed=None):
         """(B, T, C) -> (B, T, C), by fused_attention where it applies, else by the passes above around the framework's kernel. `taps` as in
         GPT.forward; `seed` of dropout as in `_Body.blocks`."""
-        tapped, (_, T, C), p = taps is not None, x.shape, self.dropout if self.training else 0.0
-        long = self.long and _half(x) in (torch.bfloat16, torch.float16)  # without autocast the projection may be in float32
-        if fused_attention.applies(T, C // self.n_head, self.causal, p, long) and not tapped:
-            qkv = self.c_attn(x)
-            form = self.n_head, self.alpha, self.lam, self.diffusing_heads, self.causal
-            return self.c_proj(fused_attention.PackedAttention.apply(qkv, seed, sites(self.layer)[0], p, *form))
+        tapped, p = taps is not None, self.dropout if self.training else 0.0
+        if self.packs(x) and not tapped:
+            return self.c_proj(self.packed(self.c_attn(x), seed))
         q, k, v, *more = self.heads(x, tapped)
         if tapped:
             taps.append(tuple(more[-3:]))
@@ -696,6 +688,56 @@ class Attention(CausalSelfAttention):
         if self.diffusing_heads:
             y = _Subtract.apply(y, more[0], self.alpha, self.lam, self.diffusing_heads)
         return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Where a branch ends and the next one begins
+
+
+class _Joint(torch.autograd.Function):
+    """The linear layer that ends a branch, with the addition and LayerNorm inside, and the one that begins the next branch.
+
+    Of x (N, C), the branch's a (N, K), and the two weights in float32 and their casts -> the stream, the next layer's result, with `begins_mlp` GELU
+    of it, and GELU's slope (empty without). A result that has gone through GELU has the gradient of what went into it, since the next joint, which
+    `slope` tells of it, multiplies by the slope inside a product.
+    """
+
+    @staticmethod
+    def forward(ctx, x, a, slope, last, last_half, seed, site, p, gain, first, first_half, begins_mlp, train):
+        out, y, mean, rstd = add_norm_of(a, last_half, x, gain, seed, site, p)
+        z, next_slope = linear_gelu(y, first_half, train) if begins_mlp else (y @ first_half.t(), y.new_empty(0, dtype=torch.float16))
+        ctx.save_for_backward(a, slope, last_half, out, mean, rstd, seed, gain, y, first_half)
+        ctx.dropout = site, p
+        ctx.mark_non_differentiable(next_slope)
+        return out, z, next_slope
+
+    @staticmethod
+    def backward(ctx, dout, dz, _):
+        a, slope, last_half, out, mean, rstd, seed, gain, y, first_half = ctx.saved_tensors
+        dfirst = weight_gradient(dz, y)
+        dx, dbranch, dgain = norm_of_backward(dz, first_half, dout, out, gain, mean, rstd, seed, *ctx.dropout)
+        da, dlast = _end_backward(dbranch, a, slope, last_half)
+        return dx, da, None, dlast, None, None, None, None, dgain, dfirst, None, None, None
+
+
+class _End(torch.autograd.Function):
+    """The linear layer that ends the last branch: a (N, K) and its slope as above -> (N, C)."""
+
+    @staticmethod
+    def forward(ctx, a, slope, last, last_half):
+        ctx.save_for_backward(a, slope, last_half)
+        return a @ last_half.t()
+
+    @staticmethod
+    def backward(ctx, dbranch):
+        da, dlast = _end_backward(dbranch, *ctx.saved_tensors)
+        return da, None, dlast, None
+
+
+def _end_backward(dbranch, a, slope, last_half):
+    """Gradients of a, or of what GELU had from it, and of the weight."""
+    da = dbranch @ last_half if slope is None else linear_gelu_backward(dbranch, last_half, slope)
+    return da, weight_gradient(dbranch, a)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -713,16 +755,20 @@ def sites(layer: int) -> tuple[int, int, int]:
 class Block(model.Block):
     """A block that leaves its last addition to the next one, where it is one pass with the LayerNorm that follows."""
 
+    def enter(self, x, positions, seed, p):
+        """The stream and LN of it for the first block."""
+        if seed is None:
+            return x, self.ln_1(x)
+        return _StartNorm.apply(x, positions, seed, START, p, self.ln_1.weight, self.ln_1.bias, _half(x))
+
     def forward(self, x, branch, seed, p, taps=None):
         """x + branch after dropout is the stream that enters; returns such a pair. What enters the first block is the embeddings x: with dropout
         (`seed` as in `_Body.blocks`) x plus any positions, `branch`, before it."""
-        layer, ln = self.attn.layer, self.ln_1
+        layer = self.attn.layer
         if layer > 0:
-            x, y = _AddNorm.apply(x, branch, seed, sites(layer - 1)[2], p, ln.weight, ln.bias, False)
-        elif seed is not None:
-            x, y = _StartNorm.apply(x, branch, seed, START, p, ln.weight, ln.bias, _half(x))
+            x, y = _AddNorm.apply(x, branch, seed, sites(layer - 1)[2], p, self.ln_1.weight, self.ln_1.bias, False)
         else:
-            y = ln(x)
+            x, y = self.enter(x, branch, seed, p)
         if isinstance(self.attn, Attention):
             branch = self.attn.branch(y, taps, seed)
         else:  # a variant does its own dropout
@@ -734,14 +780,36 @@ class Block(model.Block):
 class _Body:
     """Network.body by those blocks."""
 
+    joins = False  # branches end and begin in one function, across the blocks: `accelerate` decides
+
     def blocks(self, x, positions, taps):
         """What the last addition and LayerNorm take: the stream, the last branch, its dropout, gain and bias."""
         blocks, p, ln = self.transformer.h, self.config.dropout if self.training else 0.0, self.transformer.ln_f
         seed = dropout_seed(x.detach()) if p else None  # one for all of a pass; each place has its decisions from it
         x, branch = (x if p or positions is None else x + positions), positions
-        for block in blocks:
-            x, branch = block(x, branch, seed, p, taps)
+        if self.joins and taps is None and blocks[0].attn.c_attn.reads_half and blocks[0].attn.packs(x):
+            x, branch = self.joined(x, branch, seed, p)
+        else:
+            for block in blocks:
+                x, branch = block(x, branch, seed, p, taps)
         return x, branch, seed, sites(len(blocks) - 1)[2], p, ln.weight, ln.bias
+
+    def joined(self, x, positions, seed, p):
+        """The blocks, given what the first one is given; returns what the last one does."""
+        blocks, shape, train = self.transformer.h, x.shape, torch.is_grad_enabled()
+        x, y = blocks[0].enter(x, positions, seed, p)
+        x, z, slope = x.flatten(0, 1), blocks[0].attn.c_attn(y).flatten(0, 1), None
+        for layer, block in enumerate(blocks):
+            a = block.attn.packed(z.view(*shape[:2], -1), seed).flatten(0, 1)
+            last, first, ln = block.attn.c_proj, block.mlp.c_fc, block.ln_2
+            form = seed, sites(layer)[1], p, ln.weight, first.weight, first.half, True, train
+            x, a, slope = _Joint.apply(x, a, None, last.weight, last.half, *form)
+            last = block.mlp.c_proj
+            if layer < len(blocks) - 1:
+                first, ln = blocks[layer + 1].attn.c_attn, blocks[layer + 1].ln_1
+                form = seed, sites(layer)[2], p, ln.weight, first.weight, first.half, False, train
+                x, z, _ = _Joint.apply(x, a, slope, last.weight, last.half, *form)
+        return x.view(shape), _End.apply(a, slope, last.weight, last.half).view(shape)
 
     def body(self, x, positions=None, cache=None, taps=None):
         if cache is None:
@@ -874,10 +942,11 @@ class FusedViT(_Body, ViT):
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def accelerate(network: nn.Module, dtype: torch.dtype, shadows: bool = True):
+def accelerate(network: nn.Module, dtype: torch.dtype, shadows: bool = True, whole: bool = True):
     """Turns the modules of `network` into those above, in place, for products in `dtype`; parameters and their names stay.
 
-    `shadows` keeps each linear layer's weight in `dtype` beside it, which then needs `cast_weights`; without it autocast casts at every use.
+    `shadows` keeps each linear layer's weight in `dtype` beside it, which then needs `cast_weights`; without it autocast casts at every use. Not
+    `whole` is a network of which each block is called and compiled by itself.
     """
     swaps = {nn.GELU: GELU, CausalSelfAttention: Attention, model.MLP: MLP, model.Block: Block, GPT: FusedGPT, ViT: FusedViT}
     for module in network.modules():
@@ -890,6 +959,17 @@ def accelerate(network: nn.Module, dtype: torch.dtype, shadows: bool = True):
         block.mlp.inside = all(fused_products.applies(layer.half, layer.bias) for layer in (block.mlp.c_fc, block.mlp.c_proj))
         if isinstance(block.attn, Attention):
             block.attn.ungathered = fused_products.applies(block.attn.c_attn.half, block.attn.c_attn.bias)
+    network.joins = (
+        shadows
+        and whole
+        and all(
+            block.mlp.inside
+            and isinstance(block.attn, Attention)
+            and fused_norm.applies(block.attn.c_proj.half, block.attn.c_proj.bias, block.ln_1.bias, block.ln_2.bias)
+            and fused_norm.applies(block.mlp.c_proj.half)
+            for block in network.transformer.h
+        )
+    )
     c = network.config
     if c.block_size > fused_attention.LONGEST and fused_attention.applies(c.block_size, c.n_embd // c.n_head, c.causal, c.dropout, True):
         for block in network.transformer.h:

@@ -139,7 +139,7 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
     if place.device.type == "cuda" and compiled and place.dtype != torch.float32 and not config.label_smoothing:  # which needs the logits
         import fused  # needs Triton, which torch brings along on CUDA alone
 
-        fused.accelerate(model, place.dtype, shadows=place.world == 1 or config.parallel != "fsdp")
+        fused.accelerate(model, place.dtype, shadows=place.world == 1 or config.parallel != "fsdp", whole=place.world == 1)
         cast_weights = fused.cast_weights
     # The global batch has the same rows for any number of processes; this one takes its share, in micro-batches of at most batch_size rows.
     rows = config.batch_size * config.gradient_accumulation_steps

@@ -1,0 +1,196 @@
+"""Linear layers that end in the addition and LayerNorm: the kernels against float64 on a Hopper GPU, joined blocks also elsewhere."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("triton", reason="the kernels need Triton: pip install -r requirements-dev.txt")
+from test_fused import DEVICE, close  # noqa: E402
+from test_fused_products import HOPPER, dtypes, needs_hopper, on_both, slope  # noqa: E402
+
+import dropout  # noqa: E402
+import fused  # noqa: E402
+import fused_norm  # noqa: E402
+from model import GPT, GPTConfig, ViT, ViTConfig  # noqa: E402
+
+C = fused_norm.CHANNELS
+# whole tiles; an inner dimension of less than a step, of a step and a bit, of fewer steps than pieces; several tiles a program; few rows, one row
+shapes = pytest.mark.parametrize("N, K", [(256, 384), (130, 8), (300, 40), (20000, 200), (1000, 1152), (7, 1536), (1, 64)])
+drops = pytest.mark.parametrize("p", [0.0, 0.3])
+
+
+def draw(N, K, dtype, p):
+    torch.manual_seed(0)
+    a, weight = torch.randn(N, K, device=DEVICE).to(dtype), (torch.randn(C, K, device=DEVICE) / K**0.5).to(dtype)
+    x, gain = torch.randn(N, C, device=DEVICE), 1 + torch.randn(C, device=DEVICE)
+    seed = torch.tensor([2**40 + 3], device=DEVICE) if p else None
+    kept = dropout.kept(seed, 5, p, N, C) if p else torch.ones(N, C, dtype=torch.bool, device=DEVICE)
+    return a, weight, x, gain, seed, kept.double() / (1 - p)
+
+
+def normal(out):
+    return (out - out.mean(dim=1, keepdim=True)) / (out.var(dim=1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+@needs_hopper
+@dtypes
+@drops
+@shapes
+def test_addition_and_norm_inside(N, K, p, dtype, rounding):
+    a, weight, x, gain, seed, kept = draw(N, K, dtype, p)
+    out, y, mean, rstd = fused_norm.add_norm_of(a, weight, x, gain, seed, 5, p)
+    assert out.dtype == torch.float32 and y.dtype == dtype and out.shape == y.shape == (N, C)
+    branch = a.double() @ weight.double().t() * kept
+    close(out, x.double() + branch, 2e-6, rounding * float(branch.abs().max()))  # the branch is rounded, the stream is not
+    exact = out.double()
+    close(y, normal(exact) * gain.double(), rounding, 1e-5)
+    close(mean, exact.mean(dim=1), 1e-5, 1e-6)
+    close(rstd, (exact.var(dim=1, unbiased=False) + 1e-5).rsqrt(), 1e-5, 1e-6)
+    apart = fused.add_norm(x, a @ weight.t(), seed, 5, p, gain, None)
+    assert torch.equal(out == x, apart[0] == x), "the same decisions as in the pass"
+    again = fused_norm.add_norm_of(a, weight, x, gain, seed, 5, p)
+    assert all(torch.equal(one, other) for one, other in zip((out, y, mean, rstd), again))
+
+
+@needs_hopper
+@dtypes
+@drops
+@shapes
+def test_its_way_back(N, K, p, dtype, rounding):
+    dz, weight, x, gain, seed, kept = draw(N, K, dtype, p)
+    weight, dout = weight.t().contiguous(), torch.randn(N, C, device=DEVICE)
+    mean, rstd = x.mean(dim=1), (x.var(dim=1, unbiased=False) + 1e-5).rsqrt()
+    ours = fused_norm.norm_of_backward(dz, weight, dout, x, gain, mean, rstd, seed, 5, p)
+    exact, factor = x.double().requires_grad_(), gain.double().requires_grad_()
+    dy = dz.double() @ weight.double()
+    (normal(exact) * factor).backward(dy)
+    error = rounding * float((dy.abs().max() * gain.abs().max() * rstd.max()))  # of dy, which is rounded
+    dx = exact.grad + dout.double()
+    close(ours[0], dx, 1e-5, error)
+    close(ours[1], dx * kept, rounding, 2 * error)
+    assert ours[1].dtype == dtype and torch.equal(ours[1] == 0, (ours[0] * kept).to(dtype) == 0)
+    close(ours[2], factor.grad, rounding, rounding * N**0.5 * float((dy * normal(x.double())).abs().max()))
+    again = fused_norm.norm_of_backward(dz, weight, dout, x, gain, mean, rstd, seed, 5, p)
+    assert all(torch.equal(one, other) for one, other in zip(ours, again))
+
+
+def add_norm_of(a, weight, x, gain, seed, site, p):
+    """By torch and fused.py's pass."""
+    return fused.add_norm(x, a @ weight.t(), seed, site, p, gain, None)
+
+
+def norm_of_backward(dz, weight, dout, out, gain, mean, rstd, seed, site, p):
+    return fused.add_norm_backward(dout, dz @ weight, out, seed, site, p, gain, False, mean, rstd)[:3]
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    monkeypatch.setattr(fused, "add_norm_of", add_norm_of)
+    monkeypatch.setattr(fused, "norm_of_backward", norm_of_backward)
+    monkeypatch.setattr(fused, "linear_gelu", lambda x, weight, keep: (F.gelu(x @ weight.t()), slope(x @ weight.t()).to(x.dtype)))
+    monkeypatch.setattr(fused, "linear_gelu_backward", lambda dy, weight, kept: (dy @ weight) * kept)
+
+
+def gpt(**changes):
+    return GPT(GPTConfig(**{"block_size": 16, "vocab_size": 11, "n_layer": 3, "n_head": 6, "n_embd": C, "dropout": 0.2} | changes))
+
+
+def vit(**changes):
+    return ViT(ViTConfig(**{"image_size": 8, "patch_size": 2, "n_layer": 2, "n_head": 6, "n_embd": C, "n_classes": 5, "dropout": 0.2} | changes))
+
+
+@pytest.mark.parametrize("make", [gpt, vit])
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.0}, {"diffusion": True, "diffusion_heads": (2,)}])
+@on_both
+def test_joined_blocks_are_the_same_network(request, monkeypatch, make, changes, on_gpu):
+    """Loss and gradients of every parameter, joined and one block after the other."""
+    if not on_gpu:
+        request.getfixturevalue("plain")
+    torch.manual_seed(1)
+    network, dtype = make(**changes).to(DEVICE), torch.bfloat16 if on_gpu else torch.float32
+    inputs = torch.randint(11, (3, 16)) if make is gpt else torch.randn(3, 3, 8, 8)
+    inputs, targets = inputs.to(DEVICE), torch.randint(5, (3, 16) if make is gpt else (3,), device=DEVICE)
+    fused.accelerate(network, dtype)
+    assert network.joins is on_gpu
+    calls, losses, gradients = [], [], []
+    kept = fused.add_norm_of
+    monkeypatch.setattr(fused, "add_norm_of", lambda *given: calls.append(1) or kept(*given))
+    for joins in (True, False):
+        network.joins = joins
+        network.zero_grad()
+        torch.manual_seed(2)  # the same decisions of dropout
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=on_gpu):
+            loss = network(inputs, targets)[1]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
+    assert len(calls) == 2 * len(network.transformer.h) - 1
+    tolerance = 2**-6 if on_gpu else 1e-5
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    for ours, other in zip(*gradients):
+        close(ours, other, tolerance, tolerance * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("joins", [True, False])
+@on_both
+def test_without_gradients_and_with_taps(request, joins, on_gpu):
+    """An evaluation is the same either way; with taps the blocks go one after the other, as the taps stand between them."""
+    if not on_gpu:
+        request.getfixturevalue("plain")
+    torch.manual_seed(1)
+    network, idx = gpt(dropout=0.0).to(DEVICE), torch.randint(11, (2, 16), device=DEVICE)
+    with torch.no_grad():
+        expected = network(idx, idx)[1].item()
+        fused.accelerate(network, torch.bfloat16 if on_gpu else torch.float32)
+        network.joins, taps = joins, []
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=on_gpu):
+            assert network(idx, idx)[1].item() == pytest.approx(expected, rel=2e-2 if on_gpu else 1e-5)
+            assert network(idx, idx, taps=taps)[1].item() == pytest.approx(expected, rel=2e-2 if on_gpu else 1e-5)
+    assert len(taps) == 3
+
+
+@pytest.mark.parametrize("changes", [{}, {"bias": True}, {"n_embd": 192}])
+def test_who_joins(changes):
+    """No other width, no bias, nothing but a Hopper GPU; not where each block is called by itself."""
+    for whole in (True, False):
+        network = gpt(n_layer=1, **changes).to(DEVICE)
+        fused.accelerate(network, torch.bfloat16, whole=whole)
+        assert network.joins is (HOPPER and whole and not changes)
+
+
+@pytest.mark.parametrize(
+    "capability, wrong, expected, note",
+    [((9, 0), 1, True, None), ((8, 0), 1, False, None), ((9, 0), 1.1, False, "its results are wrong"), ((9, 0), "no", False, "new Gluon")],
+)
+@pytest.mark.parametrize("which", ["add_norm_of", "norm_of_backward"])
+def test_kernels_that_fail_or_are_wrong_are_not_used(monkeypatch, capsys, capability, wrong, expected, note, which):
+    """A Hopper GPU is pretended, on which the kernels are right, wrong, or not compiled."""
+
+    def spoiled(function):
+        def call(*given):
+            if wrong == "no":
+                raise RuntimeError("new Gluon")
+            results = list(function(*given))
+            results[1] = results[1] * wrong
+            return results
+
+        return call
+
+    functions = {"add_norm_of": add_norm_of, "norm_of_backward": norm_of_backward}
+    for name, function in functions.items():
+        monkeypatch.setattr(fused_norm, name, spoiled(function) if name == which else function)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fused_norm._works.__wrapped__(torch.device(DEVICE), torch.bfloat16) is expected
+    out = capsys.readouterr().out
+    assert out == "" if note is None else note in out and "linear layers that end in LayerNorm are not used" in out
+
+
+@needs_hopper
+@drops
+def test_the_compiler_is_told_the_truth_about_shapes_and_strides(p):
+    a, weight, x, gain, seed, _ = draw(24, 40, torch.bfloat16, p)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(fused_norm.add_norm_of, (a, weight, x, gain, seed, 1, p), test_utils=checks)
+    mean = torch.zeros(24, device=DEVICE)
+    given = a, weight.t().contiguous(), x, x, gain, mean, mean + 1, seed, 1, p
+    torch.library.opcheck(fused_norm.norm_of_backward, given, test_utils=checks)
