@@ -3,7 +3,8 @@
 torch.compile fuses element-wise passes well, but leaves these to be won (times in LOG.md):
 
     residual, dropout, LayerNorm   one pass in each direction, which also writes the branch's gradient in half precision and sums the gain's; the
-                                   first one takes the embeddings, where they have dropout; a ViT's last one gives the mean over tokens
+                                   first one takes the embeddings, where they have dropout; a ViT's last one gives the mean over tokens; on Hopper
+                                   GPUs, for rows of 384 channels, the way there is the end of the product before it (fused_norm.py)
     dropout                        eight decisions from one Philox call, computed again for the way back: no mask is ever stored (dropout.py)
     linear layers                  weights are cast once per step, all together; their gradients leave the product in float32
     GELU                           exact up to 2.2e-7 with one exp2 and one rsqrt instead of the long erf; kept, not computed again; on Hopper GPUs it
@@ -30,7 +31,7 @@ import fused_norm
 import fused_products
 import model
 from dropout import decisions, dropout_seed, threshold
-from fused_norm import add_norm_of, norm_of_backward, sum_of_rows
+from fused_norm import add_norm_of, product_of, sum_of_rows
 from fused_products import gelu, linear_gelu, linear_gelu_backward, product_of_three
 from model import GPT, CausalSelfAttention, ViT
 from operators import operator
@@ -715,7 +716,8 @@ class _Joint(torch.autograd.Function):
     def backward(ctx, dout, dz, _):
         a, slope, last_half, out, mean, rstd, seed, gain, y, first_half = ctx.saved_tensors
         dfirst = weight_gradient(dz, y)
-        dx, dbranch, dgain = norm_of_backward(dz, first_half, dout, out, gain, mean, rstd, seed, *ctx.dropout)
+        dy = product_of(dz, first_half)
+        dx, dbranch, dgain, _ = add_norm_backward(dout, dy, out, seed, *ctx.dropout, gain, False, mean, rstd)
         da, dlast = _end_backward(dbranch, a, slope, last_half)
         return dx, da, None, dlast, None, None, None, None, dgain, dfirst, None, None, None
 
@@ -736,7 +738,7 @@ class _End(torch.autograd.Function):
 
 def _end_backward(dbranch, a, slope, last_half):
     """Gradients of a, or of what GELU had from it, and of the weight."""
-    da = dbranch @ last_half if slope is None else linear_gelu_backward(dbranch, last_half, slope)
+    da = product_of(dbranch, last_half) if slope is None else linear_gelu_backward(dbranch, last_half, slope)
     return da, weight_gradient(dbranch, a)
 
 

@@ -159,30 +159,21 @@ def _bits(word, threshold):
 
 
 @gluon.jit
-def _append(d0, d1, d2, bits):
-    """Twelve bytes, of which the first goes and `bits` becomes the last: after twelve pieces d0 has those of the first third."""
-    return d0 << 8 | (d1 >> 24 & 0xFF), d1 << 8 | (d2 >> 24 & 0xFF), d2 << 8 | bits
-
-
-@gluon.jit
-def _drop(t, decisions, byte: gl.constexpr, scale):
-    """Dropout of a piece whose decisions are that byte."""
+def _drop(t, decisions, scale):
+    """Dropout of a piece."""
     decisions = gl.convert_layout(decisions, gl.SliceLayout(1, gl.SliceLayout(3, QUADS)))[:, None, :, None]
     block = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, QUADS))))[None, :, None, None]
     second = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, QUADS))))[None, None, None, :]
-    kept = (decisions >> byte * 8 + block * 2 + second & 1) != 0
+    kept = (decisions >> block * 2 + second & 1) != 0
     return gl.where(gl.convert_layout(gl.reshape(kept, [ROWS, WIDTH]), PIECE), t * scale, 0.0)
 
 
 @gluon.jit
-def _multiply(a, b, slots, full, free, step, steps, seed, site, row, threshold, TRANSPOSED: gl.constexpr, DROPOUT: gl.constexpr):
-    """Sums over the slots, three thirds of the columns; and dropout's decisions for those thirds, made while the tensor cores are at work."""
+def _multiply(a, b, slots, full, free, step, steps, TRANSPOSED: gl.constexpr):
+    """Sums over the slots, three thirds of the columns."""
     t0 = gl.zeros((ROWS, THIRD), gl.float32, FORM)
     t1 = gl.zeros((ROWS, THIRD), gl.float32, FORM)
     t2 = gl.zeros((ROWS, THIRD), gl.float32, FORM)
-    d0 = gl.zeros((ROWS, 4), gl.int32, CALLS)
-    d1 = gl.zeros((ROWS, 4), gl.int32, CALLS)
-    d2 = gl.zeros((ROWS, 4), gl.int32, CALLS)
     for k in range(steps):
         slot = step % SLOTS
         mbarrier.wait(full.index(slot), step // SLOTS & 1)
@@ -193,9 +184,6 @@ def _multiply(a, b, slots, full, free, step, steps, seed, site, row, threshold, 
         t0 = warpgroup_mma(left, r0, t0, use_acc=k > 0, is_async=True)
         t1 = warpgroup_mma(left, r1, t1, use_acc=k > 0, is_async=True)
         t2 = warpgroup_mma(left, r2, t2, use_acc=k > 0, is_async=True)
-        if DROPOUT:
-            if k < PIECES:
-                d0, d1, d2 = _append(d0, d1, d2, _decide(seed, site, row, k, threshold))
         t0, t1, t2 = warpgroup_mma_wait(num_outstanding=3, deps=(t0, t1, t2))
         barrier()  # both groups of four warps are done with the slot before
         mbarrier.arrive(free.index((step + SLOTS - 1) % SLOTS), count=1, pred=k > 0)
@@ -203,10 +191,7 @@ def _multiply(a, b, slots, full, free, step, steps, seed, site, row, threshold, 
     t0, t1, t2 = warpgroup_mma_wait(num_outstanding=0, deps=(t0, t1, t2))
     barrier()
     mbarrier.arrive(free.index((step + SLOTS - 1) % SLOTS), count=1)
-    if DROPOUT:
-        for k in range(steps, PIECES):
-            d0, d1, d2 = _append(d0, d1, d2, _decide(seed, site, row, k, threshold))
-    return t0, t1, t2, d0, d1, d2
+    return t0, t1, t2
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -229,7 +214,7 @@ def _add(t, x, out, slots, full, free, seed, site, row, step, p: gl.constexpr, s
     slot = (step + p // PER) % SLOTS
     branch = t.to(dtype).to(gl.float32)
     if DROPOUT:
-        branch = _drop(branch, _decide(seed, site, row, p, threshold), 0, scale)
+        branch = _drop(branch, _decide(seed, site, row, p, threshold), scale)
     if p % PER == 0:
         mbarrier.wait(full.index(slot), (step + p // PER) // SLOTS & 1)
     place = _piece(slots, slot, p % PER, x)
@@ -262,15 +247,13 @@ def _squares(a, b, c, d, mean):
 
 
 @gluon.jit
-def _put(t, mean, rstd, weight_ptr, y, places, free, row, step, p: gl.constexpr):
-    weight = gl.load(weight_ptr + p * WIDTH + gl.arange(0, WIDTH, COLUMN))[None, :]
+def _put(t, y, places, row, p: gl.constexpr):
+    """Sends piece p off to memory in half precision."""
     place = places.index(p % PLACES)
-    place.store(((t - mean) * rstd * weight).to(y.dtype))
+    place.store(t.to(y.dtype))
     fence_async_shared()
     tma.store_wait(PLACES - 2)  # the place of the next piece is free
     barrier()
-    if p == PLACES - 2:  # so is the last slot of the sum
-        mbarrier.arrive(free.index((step + PIECES // PER - 1) % SLOTS), count=1)
     store(y, [row, p * WIDTH], place)
 
 
@@ -284,7 +267,7 @@ def _forward(a, b, x, out, y, slots, places, full, free, weight_ptr, seed_ptr, m
     step = 0
     steps = gl.cdiv(inner, INNER)
     for row in range(gl.program_id(0) * ROWS, rows, gl.num_programs(0) * ROWS):
-        t0, t1, t2, _, _, _ = _multiply(a, b, slots, full, free, step, steps, seed, site, row, threshold, True, False)
+        t0, t1, t2 = _multiply(a, b, slots, full, free, step, steps, True)
         step += steps
         a0, b0, c0, d0 = _add_third(t0, x, out, slots, full, free, seed, site, row, step, 0, scale, threshold, dtype, DROPOUT)
         a1, b1, c1, d1 = _add_third(t1, x, out, slots, full, free, seed, site, row, step, 1, scale, threshold, dtype, DROPOUT)
@@ -298,8 +281,10 @@ def _forward(a, b, x, out, y, slots, places, full, free, weight_ptr, seed_ptr, m
         gl.store(mean_ptr + i, mean, mask=i < rows)
         gl.store(rstd_ptr + i, rstd, mask=i < rows)
         for p in gl.static_range(PIECES):
-            t = (a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2)[p]
-            _put(t, m, r, weight_ptr, y, places, free, row, step, p)
+            weight = gl.load(weight_ptr + p * WIDTH + gl.arange(0, WIDTH, COLUMN))[None, :]
+            _put(((a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2)[p] - m) * r * weight, y, places, row, p)
+            if p == PLACES - 2:  # the last slot of the sum has been stored
+                mbarrier.arrive(free.index((step + PIECES // PER - 1) % SLOTS), count=1)
         step += PIECES // PER
     tma.store_wait(0)
 
@@ -336,137 +321,34 @@ def _product_add_norm(a, b, x, out, y, weight_ptr, seed_ptr, mean_ptr, rstd_ptr,
 
 
 @gluon.jit
-def _load_backward(a, b, x, dout, slots, full, free, rows, inner):
+def _load_alone(a, b, slots, full, free, rows, inner):
     step = 0
     for row in range(gl.program_id(0) * ROWS, rows, gl.num_programs(0) * ROWS):
         _load_factors(a, b, slots, full, free, row, step, inner, False)
         step += gl.cdiv(inner, INNER)
-        _load_pieces(x, slots, full, free, row, step)
-        step += PIECES // PER
-        _load_pairs(x, dout, slots, full, free, row, step)
-        step += 2 * PIECES // PER
 
 
 @gluon.jit
-def _sum_of_warp(t, partial_ptr, row, p: gl.constexpr):
-    """Stores the sums over the sixteen rows that a warp has of piece p."""
-    upper, lower = gl.split(gl.permute(gl.reshape(t, [8, 2, 8, WIDTH]), (0, 2, 3, 1)))
-    t = upper + lower
-    t += _from_lane(t, 4)
-    t += _from_lane(t, 8)
-    t += _from_lane(t, 16)
-    layout: gl.constexpr = t.type.layout
-    warp = gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-    lane = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    j = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    gl.store(partial_ptr + (row // 16 + warp) * CHANNELS + p * WIDTH + j + lane * 0, t, mask=lane + warp * 0 + j * 0 == 0)
-
-
-@gluon.jit
-def _sums(t, x, slots, full, free, weight_ptr, partial_ptr, mean, rstd, row, step, p: gl.constexpr):
-    """Of piece p of the gradient of y times the gain the sums of its rows, alone and times the normalised rows; those of its columns, for the gain's
-    gradient, go to memory."""
-    slot = (step + p // PER) % SLOTS
-    if p % PER == 0:
-        mbarrier.wait(full.index(slot), (step + p // PER) // SLOTS & 1)
-    normal = (_piece(slots, slot, p % PER, x).load(PIECE) - mean) * rstd
-    if (p + 1) % PER == 0:
-        barrier()
-        mbarrier.arrive(free.index(slot), count=1)
-    dy = t.to(gl.float32)
-    _sum_of_warp(dy * normal, partial_ptr, row, p)
-    g = dy * gl.load(weight_ptr + p * WIDTH + gl.arange(0, WIDTH, COLUMN))[None, :]
-    return gl.sum(g, axis=1), gl.sum(g * normal, axis=1)
-
-
-@gluon.jit
-def _pass_on(dy, x, dout, dx, dbranch, slots, places, full, free, weight_ptr, mean, rstd, s1, s2, decisions, row, step, q: gl.constexpr, scale,
-             DROPOUT: gl.constexpr):  # fmt: skip
-    """The q-th piece of the stream's gradient, which replaces what came from behind in its slot, and of the branch's."""
-    p: gl.constexpr = (q + 8) % PIECES
-    n: gl.constexpr = 2 * q
-    slot = (step + n // PER) % SLOTS
-    g = dy.to(gl.float32) * gl.load(weight_ptr + p * WIDTH + gl.arange(0, WIDTH, COLUMN))[None, :]
-    if n % PER == 0:
-        mbarrier.wait(full.index(slot), (step + n // PER) // SLOTS & 1)
-    normal = (_piece(slots, slot, n % PER, x).load(PIECE) - mean) * rstd
-    place = _piece(slots, slot, n % PER + 1, dout)
-    t = (g - s1 - normal * s2) * rstd + place.load(PIECE)
-    place.store(t)
-    if DROPOUT:
-        t = _drop(t, decisions, 3 - p % 4, scale)
-    places.index(p % PLACES).store(t.to(dbranch.dtype))
-    fence_async_shared()
-    tma.store_wait(2)  # both of the piece before the last have left
-    barrier()
-    if q > 1 and 2 * (q - 1) % PER == 0:
-        mbarrier.arrive(free.index((step + 2 * (q - 2) // PER) % SLOTS), count=1)
-    store(dx, [row, p * WIDTH], place)
-    store(dbranch, [row, p * WIDTH], places.index(p % PLACES))
-
-
-@gluon.jit
-def _backward(a, b, x, dout, dx, dbranch, slots, places, full, free, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, partial_ptr, rows, inner, site, scale,
-              threshold, DROPOUT: gl.constexpr):  # fmt: skip
-    dtype: gl.constexpr = a.dtype
-    seed = seed_ptr
-    if DROPOUT:
-        seed = gl.load(seed_ptr)
+def _alone(a, b, y, slots, places, full, free, rows, inner):
     step = 0
     steps = gl.cdiv(inner, INNER)
     for row in range(gl.program_id(0) * ROWS, rows, gl.num_programs(0) * ROWS):
-        t0, t1, t2, k0, k1, k2 = _multiply(a, b, slots, full, free, step, steps, seed, site, row, threshold, False, DROPOUT)
+        t0, t1, t2 = _multiply(a, b, slots, full, free, step, steps, False)
         step += steps
-        i = row + gl.arange(0, ROWS, ROW)
-        m = gl.load(mean_ptr + i, mask=i < rows, other=0.0)[:, None]
-        r = gl.load(rstd_ptr + i, mask=i < rows, other=0.0)[:, None]
-        # rounded, as where it goes through memory; a third waits where the finished pieces will be, else the registers do not suffice
-        a0, b0, c0, d0 = _pieces(t2.to(dtype))
-        places.index(0).store(a0)
-        places.index(1).store(b0)
-        places.index(2).store(c0)
-        places.index(3).store(d0)
-        a0, b0, c0, d0 = _pieces(t0.to(dtype))
-        a1, b1, c1, d1 = _pieces(t1.to(dtype))
-        s1 = gl.zeros((ROWS,), gl.float32, ROW)
-        s2 = gl.zeros((ROWS,), gl.float32, ROW)
+        a0, b0, c0, d0 = _pieces(t0)
+        a1, b1, c1, d1 = _pieces(t1)
+        a2, b2, c2, d2 = _pieces(t2)
         for p in gl.static_range(PIECES):
-            if p < 8:
-                dy = (a0, b0, c0, d0, a1, b1, c1, d1)[p]
-            else:
-                dy = places.index(p - 8).load(PIECE)
-            more1, more2 = _sums(dy, x, slots, full, free, weight_ptr, partial_ptr, m, r, row, step, p)
-            s1 += more1
-            s2 += more2
-        step += PIECES // PER
-        s1, s2 = s1 / CHANNELS, s2 / CHANNELS
-        for q in gl.static_range(PIECES):
-            if q < 4:
-                dy = places.index(q).load(PIECE)
-            else:
-                dy = (a0, b0, c0, d0, a1, b1, c1, d1)[q - 4]
-            _pass_on(dy, x, dout, dx, dbranch, slots, places, full, free, weight_ptr, m, r, s1[:, None], s2[:, None], (k2, k0, k1)[q // 4], row, step,
-                     q, scale, DROPOUT)  # fmt: skip
-        tma.store_wait(0)
-        barrier()
-        for n in gl.static_range(2 * (PIECES - 2) // PER, 2 * PIECES // PER):
-            mbarrier.arrive(free.index((step + n) % SLOTS), count=1)
-        step += 2 * PIECES // PER
+            _put((a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2)[p], y, places, row, p)
+    tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["rows", "site"])
-def _product_norm_backward(a, b, x, dout, dx, dbranch, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, partial_ptr, rows, inner, site, scale, threshold,
-                           DROPOUT: gl.constexpr):  # fmt: skip
-    slots, places, full, free = _shared(dbranch)
+@gluon.jit(do_not_specialize=["rows"])
+def _product_alone(a, b, y, rows, inner):
+    slots, places, full, free = _shared(y)
     gl.warp_specialize(
-        [
-            (_backward, (a, b, x, dout, dx, dbranch, slots, places, full, free, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, partial_ptr, rows, inner,
-                         site, scale, threshold, DROPOUT)),
-            (_load_backward, (a, b, x, dout, slots, full, free, rows, inner)),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
+        [(_alone, (a, b, y, slots, places, full, free, rows, inner)), (_load_alone, (a, b, slots, full, free, rows, inner))], [1], [24]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -493,10 +375,7 @@ def add_norm(a, b, x, weight, seed, site: int, least: int, scale: float, out, y,
     _product_add_norm[_grid(rows, a.device)](*tiles, *given, seed is not None, num_warps=8)
 
 
-def norm_backward(a, b, x, dout, weight, mean, rstd, seed, site: int, least: int, scale: float, dx, dbranch, partial):
-    """The gradient of y is a b, a (N, K), b (K, 384), the sum was x: fills dx, its gradient with dout's, dbranch, and of the gain's a partial sum of
-    every 16 rows, those of whole tiles."""
+def product(a, b, y):
+    """Fills y (N, 384) with a b, a (N, K), b (K, 384)."""
     rows, inner = a.shape
-    tiles = _describe(a, INNER), _describe(b, THIRD, INNER), *(_describe(t, WIDTH) for t in (x, dout, dx, dbranch))
-    given = weight, mean, rstd, x if seed is None else seed, partial, rows, inner, site, scale, least
-    _product_norm_backward[_grid(rows, a.device)](*tiles, *given, seed is not None, num_warps=8)
+    _product_alone[_grid(rows, a.device)](_describe(a, INNER), _describe(b, THIRD, INNER), _describe(y, WIDTH), rows, inner, num_warps=8)
