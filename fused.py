@@ -706,7 +706,7 @@ class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, slope, last, last_half, seed, site, p, gain, first, first_half, begins_mlp, train):
         out, y, mean, rstd = add_norm_of(a, last_half, x, gain, seed, site, p)
-        z, next_slope = linear_gelu(y, first_half, train) if begins_mlp else (y @ first_half.t(), y.new_empty(0, dtype=torch.float16))
+        z, next_slope = linear_gelu(y, first_half, train) if begins_mlp else (y @ first_half.t(), y.new_empty(0, dtype=torch.uint8))
         ctx.save_for_backward(a, slope, last_half, out, mean, rstd, seed, gain, y, first_half)
         ctx.dropout = site, p
         ctx.mark_non_differentiable(next_slope)

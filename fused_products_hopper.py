@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fused_products import value_and_slope
+from fused_products import from_byte, to_byte, value_and_slope
 from place import processors
 
 # the newer names first: Gluon is an experimental part of Triton, which this was compiled with from 3.6 to 3.9
@@ -99,7 +99,7 @@ def _finish(whole, made, taken, slope_ptr, out_ptr, rows, columns, ROWS: gl.cons
             i = (row + piece * PIECE).to(gl.int64) * columns + column
             mask = (row + piece * PIECE < rows) & (column < columns)
             if END == "slope":
-                slope = gl.load(slope_ptr + i, mask=mask, other=0.0)  # before the wait, beside which it arrives
+                slope = gl.load(slope_ptr + i, mask=mask, other=0)  # before the wait, beside which it arrives
             if piece == 0:
                 mbarrier.wait(made, turn & 1)
             half = whole.slice(piece * PIECE, PIECE, dim=0).load(layout)
@@ -107,14 +107,14 @@ def _finish(whole, made, taken, slope_ptr, out_ptr, rows, columns, ROWS: gl.cons
                 barrier()
                 mbarrier.arrive(taken, count=1)
             if END == "slope":
-                gl.store(out_ptr + i, (half.to(gl.float32) * slope.to(gl.float32)).to(half.dtype), mask=mask)
+                gl.store(out_ptr + i, (half.to(gl.float32) * from_byte(slope)).to(half.dtype), mask=mask)
             elif END == "plain":
                 gl.store(out_ptr + i, half, mask=mask)
             else:
                 value, slope = value_and_slope(half.to(gl.float32))
                 gl.store(out_ptr + i, value.to(half.dtype), mask=mask)
                 if KEEP:
-                    gl.store(slope_ptr + i, slope.to(gl.float16), mask=mask)
+                    gl.store(slope_ptr + i, to_byte(slope), mask=mask)
         turn += 1
 
 

@@ -5,6 +5,9 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install -r requirements-dev.txt")
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
 CUDA = torch.cuda.is_available()
 from test_fused import DEVICE, close  # noqa: E402
 
@@ -51,11 +54,11 @@ def plain_product(x, right):
 def test_product_and_gelu(N, C, M, dtype, rounding):
     x, up, _ = draw(N, C, M, dtype)
     g, kept = fused_products.linear_gelu(x, up, True)
-    assert kept.shape == g.shape == (N, M) and g.dtype == dtype and kept.dtype == torch.float16
+    assert kept.shape == g.shape == (N, M) and g.dtype == dtype and kept.dtype == torch.uint8
     h = plain_product(x, up.t())
     close(h, x.double() @ up.double().t(), rounding, 2e-5)  # beside the rounding of the result, that of a sum in float32
     assert torch.equal(g, fused_products.gelu(h))
-    close(kept, slope(h), 2**-11, 1e-6)  # the formula's error, beside the rounding's
+    close(fused_products.slope_of(kept), slope(h), 0, 0.0025 + 1e-6)  # half a step, and the formula's error
     alone, nothing = fused_products.linear_gelu(x, up, False)
     assert torch.equal(alone, g) and nothing.numel() == 0
 
@@ -65,11 +68,31 @@ def test_product_and_gelu(N, C, M, dtype, rounding):
 @shapes
 def test_product_times_the_derivative(N, C, M, dtype, rounding):
     dy, _, down = draw(N, C, M, dtype)
-    kept = slope(2 * torch.randn(N, M, device=DEVICE)).half()
+    kept = torch.randint(253, (N, M), device=DEVICE, dtype=torch.uint8)
+    known = (kept.double() - 26) / 200
     ours = fused_products.linear_gelu_backward(dy, down, kept)
     assert ours.shape == kept.shape and ours.dtype == dtype
-    close(ours, dy.double() @ down.double() * kept.double(), 2 * rounding, 2e-5)  # rounded as a product, and once more
-    assert torch.equal(ours, (plain_product(dy, down).float() * kept.float()).to(dtype))
+    close(ours, dy.double() @ down.double() * known, 2 * rounding, 2e-5)  # rounded as a product, and once more
+    assert torch.equal(ours, (plain_product(dy, down).float() * fused_products.slope_of(kept)).to(dtype))
+
+
+@triton.jit
+def _there_and_back(x_ptr, byte_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _, slope = fused_products.value_and_slope(tl.load(x_ptr + i, mask=i < n, other=0.0))
+    byte = fused_products.to_byte(slope)
+    tl.store(byte_ptr + i, byte, mask=i < n)
+    tl.store(y_ptr + i, fused_products.from_byte(byte), mask=i < n)
+
+
+def test_the_derivative_as_a_byte():
+    """Nearest of the steps; all of the derivative's range is there, and 0 and 1 exactly."""
+    h = torch.cat((torch.linspace(-6, 6, 20001), torch.tensor([-30.0, 30.0]))).to(DEVICE)
+    byte, back = torch.empty_like(h, dtype=torch.uint8), torch.empty_like(h)
+    _there_and_back[(triton.cdiv(len(h), 1024),)](h, byte, back, len(h), BLOCK=1024)
+    close(back, slope(h), 0, 0.0025 + 1e-6)
+    assert torch.equal(back, fused_products.slope_of(byte)) and back[-2:].tolist() == [0.0, 1.0]
+    assert byte.min() == 0 and byte.max() == 252
 
 
 @pytest.fixture
@@ -99,7 +122,7 @@ def test_gradients_on_the_gpu(dtype, rounding):
     y = fused._MLP.apply(flat, up.requires_grad_(), up_half, down.requires_grad_(), down_half, True)
     y.backward(dy)
     h = (flat.detach().double() @ up_half.double().t()).to(dtype).double()
-    g, dh = F.gelu(h), (dy.double() @ down_half.double()) * slope(h)
+    g, dh = F.gelu(h), (dy.double() @ down_half.double()) * (slope(h) * 200).round() / 200
     pairs = [
         (y, g @ down_half.double().t()),
         (flat.grad, dh @ up_half.double()),
@@ -188,13 +211,13 @@ def test_products_that_fail_or_are_wrong_are_not_used(plain, monkeypatch, capsys
         if isinstance(wrong, str):
             raise RuntimeError(wrong)
         h = x @ weight.t() * (wrong or 1)
-        return fused_products.gelu(h), slope(h).half()
+        return fused_products.gelu(h), (slope(h) * 200 + 26).round().to(torch.uint8)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(fused_products, "linear_gelu", product)
-    monkeypatch.setattr(fused_products, "linear_gelu_backward", lambda dy, weight, kept: (dy @ weight) * kept.to(dy.dtype))
+    monkeypatch.setattr(fused_products, "linear_gelu_backward", lambda dy, weight, kept: (dy @ weight) * fused_products.slope_of(kept).to(dy.dtype))
     monkeypatch.setattr(fused_products, "product_of_three", lambda a, b, c, weight: torch.cat((a, b, c), dim=1) @ weight * wrong_of_three)
-    assert fused_products._works.__wrapped__(torch.device(DEVICE), torch.float32) is expected
+    assert fused_products._works.__wrapped__(torch.device(DEVICE), torch.bfloat16) is expected
     out = capsys.readouterr().out
     assert out == "" if note is None else note in out and "the products with more in them are not used" in out
 
@@ -248,5 +271,5 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
     checks = ("test_schema", "test_faketensor")
     for keep in (True, False):
         torch.library.opcheck(fused_products.linear_gelu, (x, up, keep), test_utils=checks)
-    torch.library.opcheck(fused_products.linear_gelu_backward, (x, down, torch.rand(6, 64, device=DEVICE).half()), test_utils=checks)
+    torch.library.opcheck(fused_products.linear_gelu_backward, (x, down, torch.zeros(6, 64, device=DEVICE, dtype=torch.uint8)), test_utils=checks)
     torch.library.opcheck(fused_products.product_of_three, (x, x, x, torch.randn(48, 24, device=DEVICE).to(x.dtype)), test_utils=checks)
