@@ -114,8 +114,9 @@ CHUNK = 32768  # rows of logits at a time: fused.CHUNK, which cannot be imported
 # kinds of kernels (CPU: operations) by their names, the first that fits
 KERNELS = {
     "attention": r"sdpa|flash|fmha|cudnn::fusion|attention|_attend",
-    "matrix products": r"gemm|nvjet|cutlass|cublas|mkldnn|aten::(add|b)?mm$",
+    "matrix products": r"gemm|nvjet|cutlass|cublas|mkldnn|^_product_alone$|aten::(add|b)?mm$",
     "products with GELU inside": r"^_product$",
+    "products with LayerNorm inside": r"^_product_add_norm$",
 }
 
 
