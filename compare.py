@@ -161,6 +161,8 @@ def code_sha256() -> str:
         "fused.py",
         "fused_attention.py",
         "fused_attention_hopper.py",
+        "fused_norm.py",
+        "fused_norm_hopper.py",
         "fused_products.py",
         "fused_products_hopper.py",
         "fused_prior.py",

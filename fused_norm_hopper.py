@@ -1,12 +1,14 @@
-"""Matrix products that end in the residual stream's addition and LayerNorm, forward and backward, in Gluon, Triton's lower level, for Hopper GPUs and
-rows of 384 channels; for fused.py.
+"""Matrix products that end in the residual stream's addition and LayerNorm, and such without that end, in Gluon, Triton's lower level; for Hopper
+GPUs, 384 columns and fused_norm.py.
 
-Apart, the product's result goes to memory and comes back in the next pass. Here a multiprocessor holds whole rows of it, 128 x 384 in registers:
+A multiprocessor holds whole rows of the result, 128 x 384 numbers in registers:
 
     1 warp       loads by TMA tiles of the factors, then of the residual stream, as far ahead as there are slots
-    8 warps      multiply, then drop out, add and normalise what they hold, in pieces of 32 columns whose stores are TMA's
+    8 warps      multiply, then drop out, add and normalise what they hold, in pieces of 32 columns
 
-Triton's interpreter knows no Gluon. tests/test_fused_norm.py compares with float64.
+A piece goes to and from memory by TMA alone, by way of shared memory: by loads and stores of what each thread has all of it took 84 us instead of 58.
+Where registers are short the compiler keeps some in memory without a word, which here costs more than it wins. Times, and the way back with an end of
+its own, in LOG.md; tests/test_fused_norm.py compares with float64. Triton's interpreter knows no Gluon.
 """
 
 from triton.experimental import gluon
@@ -20,10 +22,9 @@ from fused_products_hopper import barrier, load
 from place import processors
 
 CHANNELS, ROWS, THIRD, WIDTH = gl.constexpr(384), gl.constexpr(128), gl.constexpr(128), gl.constexpr(32)
-PIECES = gl.constexpr(12)
-# Columns of a factor in a slot, which then holds INNER / 16 pieces of the stream; slots; places for finished pieces in half precision.
+PIECES, PER = gl.constexpr(12), gl.constexpr(2)  # of the columns; in a slot
+# Columns of the left factor in a slot; slots, as many as fit; places for finished pieces in half precision.
 INNER, SLOTS, PLACES = gl.constexpr(32), gl.constexpr(6), gl.constexpr(4)
-PER = gl.constexpr(INNER.value // 16)
 FORM = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 128, 16]))
 # Where a thread of FORM has a piece of 32 of its columns; the same in four dimensions; calls of Philox, each for eight columns.
 LANES, WARPS = [[1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0], [64, 0]]
@@ -78,26 +79,39 @@ def _load_factors(a, b, slots, full, free, row, step, inner, TRANSPOSED: gl.cons
 @gluon.jit
 def _load_pieces(x, slots, full, free, row, step):
     """All pieces of x, two to a slot."""
-    for column in range(0, CHANNELS, 2 * WIDTH):
+    for column in range(0, CHANNELS, PER * WIDTH):
         slot = step % SLOTS
         mbarrier.wait(free.index(slot), (step // SLOTS + 1) & 1)
-        mbarrier.expect(full.index(slot), 2 * x.block_type.nbytes)
+        mbarrier.expect(full.index(slot), PER * x.block_type.nbytes)
         load(x, [row, column], full.index(slot), _piece(slots, slot, 0, x))
         load(x, [row, column + WIDTH], full.index(slot), _piece(slots, slot, 1, x))
         step += 1
 
 
 @gluon.jit
-def _load_pairs(x, y, slots, full, free, row, step):
-    """A piece of x and that of y in each slot, from the last third on and around."""
-    for n in range(PIECES):
+def _multiply(a, b, slots, full, free, step, steps, TRANSPOSED: gl.constexpr):
+    """Sums over the slots, three thirds of the columns."""
+    t0 = gl.zeros((ROWS, THIRD), gl.float32, FORM)
+    t1 = gl.zeros((ROWS, THIRD), gl.float32, FORM)
+    t2 = gl.zeros((ROWS, THIRD), gl.float32, FORM)
+    for k in range(steps):
         slot = step % SLOTS
-        mbarrier.wait(free.index(slot), (step // SLOTS + 1) & 1)
-        mbarrier.expect(full.index(slot), 2 * x.block_type.nbytes)
-        column = (n + 8) % PIECES * WIDTH
-        load(x, [row, column], full.index(slot), _piece(slots, slot, 0, x))
-        load(y, [row, column], full.index(slot), _piece(slots, slot, 1, y))
+        mbarrier.wait(full.index(slot), step // SLOTS & 1)
+        left = _left(slots, slot, a)
+        r0, r1, r2 = _right(slots, slot, 0, b), _right(slots, slot, 1, b), _right(slots, slot, 2, b)
+        if TRANSPOSED:
+            r0, r1, r2 = r0.permute((1, 0)), r1.permute((1, 0)), r2.permute((1, 0))
+        t0 = warpgroup_mma(left, r0, t0, use_acc=k > 0, is_async=True)
+        t1 = warpgroup_mma(left, r1, t1, use_acc=k > 0, is_async=True)
+        t2 = warpgroup_mma(left, r2, t2, use_acc=k > 0, is_async=True)
+        t0, t1, t2 = warpgroup_mma_wait(num_outstanding=3, deps=(t0, t1, t2))
+        barrier()  # both groups of four warps are done with the slot before
+        mbarrier.arrive(free.index((step + SLOTS - 1) % SLOTS), count=1, pred=k > 0)
         step += 1
+    t0, t1, t2 = warpgroup_mma_wait(num_outstanding=0, deps=(t0, t1, t2))
+    barrier()
+    mbarrier.arrive(free.index((step + SLOTS - 1) % SLOTS), count=1)
+    return t0, t1, t2
 
 
 @gluon.jit
@@ -119,7 +133,7 @@ def _pieces(t):
 # Dropout
 
 
-SHUFFLES = gl.constexpr({lane: f"shfl.sync.bfly.b32 $0, $1, {lane}, 0x1f, 0xffffffff;" for lane in (1, 2, 4, 8, 16)})
+SHUFFLES = gl.constexpr({lane: f"shfl.sync.bfly.b32 $0, $1, {lane}, 0x1f, 0xffffffff;" for lane in (1, 2)})
 
 
 @gluon.jit
@@ -168,34 +182,8 @@ def _drop(t, decisions, scale):
     return gl.where(gl.convert_layout(gl.reshape(kept, [ROWS, WIDTH]), PIECE), t * scale, 0.0)
 
 
-@gluon.jit
-def _multiply(a, b, slots, full, free, step, steps, TRANSPOSED: gl.constexpr):
-    """Sums over the slots, three thirds of the columns."""
-    t0 = gl.zeros((ROWS, THIRD), gl.float32, FORM)
-    t1 = gl.zeros((ROWS, THIRD), gl.float32, FORM)
-    t2 = gl.zeros((ROWS, THIRD), gl.float32, FORM)
-    for k in range(steps):
-        slot = step % SLOTS
-        mbarrier.wait(full.index(slot), step // SLOTS & 1)
-        left = _left(slots, slot, a)
-        r0, r1, r2 = _right(slots, slot, 0, b), _right(slots, slot, 1, b), _right(slots, slot, 2, b)
-        if TRANSPOSED:
-            r0, r1, r2 = r0.permute((1, 0)), r1.permute((1, 0)), r2.permute((1, 0))
-        t0 = warpgroup_mma(left, r0, t0, use_acc=k > 0, is_async=True)
-        t1 = warpgroup_mma(left, r1, t1, use_acc=k > 0, is_async=True)
-        t2 = warpgroup_mma(left, r2, t2, use_acc=k > 0, is_async=True)
-        t0, t1, t2 = warpgroup_mma_wait(num_outstanding=3, deps=(t0, t1, t2))
-        barrier()  # both groups of four warps are done with the slot before
-        mbarrier.arrive(free.index((step + SLOTS - 1) % SLOTS), count=1, pred=k > 0)
-        step += 1
-    t0, t1, t2 = warpgroup_mma_wait(num_outstanding=0, deps=(t0, t1, t2))
-    barrier()
-    mbarrier.arrive(free.index((step + SLOTS - 1) % SLOTS), count=1)
-    return t0, t1, t2
-
-
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Forward
+# With the addition and LayerNorm
 
 
 @gluon.jit
@@ -317,7 +305,7 @@ def _product_add_norm(a, b, x, out, y, weight_ptr, seed_ptr, mean_ptr, rstd_ptr,
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Backward
+# Alone
 
 
 @gluon.jit

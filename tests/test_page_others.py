@@ -142,6 +142,27 @@ def test_the_speed_with_gelu_inside_is_the_committed_benchmarks():
     assert f"| a step of `imagenet16` (512 pictures) | | {apart} | {inside} | {products} |\n" in SPEED
 
 
+def test_the_speed_with_fewer_bytes_is_the_committed_benchmarks():
+    def rows(name):
+        return {row["arm"]: row for row in json.loads((ROOT / "results" / "bench" / f"h100_{name}.json").read_text())["rows"]}
+
+    pictures, gpt2, before = rows("bytes_imagenet16"), rows("bytes_gpt2"), rows("inside_imagenet16")["A"]
+    products, attention, a, laplacian = (pictures[arm] for arm in ("products", "products+attention", "A", "A-I"))
+    ms = [f"{row['ms']['median']:.2f}" for row in (products, a, laplacian)]
+    ratios = f"{a['ratio']['median']:.3f} and {laplacian['ratio']['median']:.3f} times its products"
+    assert f"| {' | '.join(ms)} | {ratios}; {a['peak_gib']:.1f} and {laplacian['peak_gib']:.1f} GiB |\n" in SPEED
+    one, two = gpt2["A"], gpt2["A-I"]
+    rates = f"{one['tokens_per_s'] / 1e3:.0f} and {two['tokens_per_s'] / 1e3:.0f} thousand tokens/s"
+    cells = f"{one['ms']['median']:.1f} | {two['ms']['median']:.1f} | {rates}; {one['peak_gib']:.1f} and {two['peak_gib']:.1f} GiB"
+    assert f"| a step of GPT-2 124M (64 × 1024 tokens) | | {cells} |\n" in SPEED
+    text = " ".join(SPEED.split())
+    assert f"with attention's as batched products they take {attention['ms']['median']:.2f}." in text
+    alone, all_of_it = products["kernels_ms"]["matrix products"], a["kernels_ms"]["all"]
+    assert f"they take {alone:.2f} and the step {all_of_it:.2f}, {all_of_it / alone:.2f} times as long" in text
+    assert "({:.3f} to {:.3f})".format(*a["ratio"]["quartiles"]) in text
+    assert f"`imagenet16` took {before['ms']['median']:.2f} on an H100 and {before['peak_gib']:.1f} GiB" in text
+
+
 def test_the_speed_by_size_is_the_committed_benchmarks():
     for model, label in (("gpt2", "`gpt2`, 124M"), ("gpt2_350m", "`gpt2_350m`"), ("gpt2_774m", "`gpt2_774m`"), ("gpt2_1b3", "`gpt2_1b3`, 1.3B")):
         report = json.loads((ROOT / "results" / "bench" / f"h100_scale_{model}.json").read_text())
