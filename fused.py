@@ -8,7 +8,7 @@ torch.compile fuses element-wise passes well, but leaves these to be won (times 
     dropout                        eight decisions from one Philox call, computed again for the way back: no mask is ever stored (dropout.py)
     linear layers                  weights are cast once per step, all together; their gradients leave the product in float32
     GELU                           exact up to 2.2e-7 with one exp2 and one rsqrt instead of the long erf; kept, not computed again; on Hopper GPUs it
-                                   and its gradient are the ends of the products before them (fused_products.py)
+                                   and its gradient are the ends of the products before them, its derivative kept in eight bits (fused_products.py)
     attention                      packed queries, keys and values in, their gradient out, graph diffusion's subtraction inside (fused_attention.py)
     queries, keys, values          around the framework's attention: on Hopper GPUs the products of the projection's gradient take dq, dk and dv as
                                    they are; else one pass gathers them
@@ -31,7 +31,7 @@ import fused_norm
 import fused_products
 import model
 from dropout import decisions, dropout_seed, threshold
-from fused_norm import add_norm_of, product_of, sum_of_rows
+from fused_norm import add_norm_of, product_of
 from fused_products import gelu, linear_gelu, linear_gelu_backward, product_of_three
 from model import GPT, CausalSelfAttention, ViT
 from operators import operator
@@ -187,6 +187,24 @@ def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, seed_ptr, site, least, scale, 
         tl.store(dbias_ptr + tl.program_id(0) * C + column, tl.sum(dbias, axis=0), mask=column < C)
 
 
+@triton.jit
+def _sum_rows(x_ptr, out_ptr, n, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(n, C) -> (C,), BLOCK columns by one program."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, n, ROWS):
+        total += tl.load(x_ptr + (start + row) * C + column[None, :], mask=(start + row < n) & (column[None, :] < C), other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, axis=0), mask=column < C)
+
+
+def _sum(partial):
+    """Sum over the rows of a float32 matrix of some hundreds or thousands, several times as fast as torch's."""
+    n, C = partial.shape
+    out = partial.new_empty(C)
+    _sum_rows[(triton.cdiv(C, 8),)](partial, out, n, C, ROWS=512, BLOCK=8, num_warps=8)
+    return out
+
+
 def _tile(C: int, elements: int) -> dict:
     """Rows and columns of a tile of rows of C: about so many elements, one column block per row."""
     block = max(8, triton.next_power_of_2(C))  # one call of dropout's generator at least
@@ -229,7 +247,7 @@ def _add_norm_backward_into(dx, dbranch, dout, dy, out, seed, site: int, p: floa
         dout, dy, out, seed, site, threshold(p), 1 / (1 - p), weight, mean, rstd, dx, dbranch, dweight, dbias, n, T, triton.cdiv(tiles, programs),
         MEAN=T > 1, DROPOUT=p > 0, BIAS=bias, RESIDUAL=dout is not None, **tile,
     )  # fmt: skip
-    return sum_of_rows(dweight), sum_of_rows(dbias) if bias else dbias
+    return _sum(dweight), _sum(dbias) if bias else dbias
 
 
 @operator
@@ -674,7 +692,8 @@ class Attention(CausalSelfAttention):
     def packed(self, qkv, seed):
         """(B, T, 3 C) -> (B, T, C), by fused_attention."""
         form = self.n_head, self.alpha, self.lam, self.diffusing_heads, self.causal
-        return fused_attention.PackedAttention.apply(qkv, seed, sites(self.layer)[0], self.dropout if self.training else 0.0, *form)
+        site = 0 if seed is None else sites(self.layer)[0]
+        return fused_attention.PackedAttention.apply(qkv, seed, site, self.dropout if self.training else 0.0, *form)
 
     def branch(self, x, taps=None, seed=None):
         """(B, T, C) -> (B, T, C), by fused_attention where it applies, else by the passes above around the framework's kernel. `taps` as in
@@ -760,17 +779,18 @@ class Block(model.Block):
     def enter(self, x, positions, seed, p):
         """The stream and LN of it for the first block."""
         if seed is None:
-            return x, self.ln_1(x)
+            return x.float(), self.ln_1(x)
         return _StartNorm.apply(x, positions, seed, START, p, self.ln_1.weight, self.ln_1.bias, _half(x))
 
-    def forward(self, x, branch, seed, p, taps=None):
-        """x + branch after dropout is the stream that enters; returns such a pair. What enters the first block is the embeddings x: with dropout
-        (`seed` as in `_Body.blocks`) x plus any positions, `branch`, before it."""
-        layer = self.attn.layer
-        if layer > 0:
-            x, y = _AddNorm.apply(x, branch, seed, sites(layer - 1)[2], p, self.ln_1.weight, self.ln_1.bias, False)
+    def forward(self, x, branch, seed, p, taps=None, positions=None):
+        """x + branch after dropout is the stream that enters; returns such a pair. Into the first block go the embeddings x, without a branch, with
+        dropout (`seed` as in `_Body.blocks`) plus any positions before it."""
+        # Called by itself a block is compiled once for all layers of a kind: what differs from layer to layer is looked up for dropout alone.
+        layer = 0 if seed is None else self.attn.layer
+        if branch is None:
+            x, y = self.enter(x, positions, seed, p)
         else:
-            x, y = self.enter(x, branch, seed, p)
+            x, y = _AddNorm.apply(x, branch, seed, sites(layer - 1)[2], p, self.ln_1.weight, self.ln_1.bias, False)
         if isinstance(self.attn, Attention):
             branch = self.attn.branch(y, taps, seed)
         else:  # a variant does its own dropout
@@ -788,12 +808,15 @@ class _Body:
         """What the last addition and LayerNorm take: the stream, the last branch, its dropout, gain and bias."""
         blocks, p, ln = self.transformer.h, self.config.dropout if self.training else 0.0, self.transformer.ln_f
         seed = dropout_seed(x.detach()) if p else None  # one for all of a pass; each place has its decisions from it
-        x, branch = (x if p or positions is None else x + positions), positions
-        if self.joins and taps is None and blocks[0].attn.c_attn.reads_half and blocks[0].attn.packs(x):
-            x, branch = self.joined(x, branch, seed, p)
+        if not p and positions is not None:
+            x, positions = x + positions, None
+        if self.joins and taps is None and blocks[0].attn.c_attn.reads_half and all(block.attn.packs(x) for block in blocks):
+            x, branch = self.joined(x, positions, seed, p)
         else:
+            branch = None
             for block in blocks:
-                x, branch = block(x, branch, seed, p, taps)
+                x, branch = block(x, branch, seed, p, taps, positions)
+                positions = None
         return x, branch, seed, sites(len(blocks) - 1)[2], p, ln.weight, ln.bias
 
     def joined(self, x, positions, seed, p):

@@ -348,22 +348,23 @@ def _describe(x, columns, rows=ROWS):
     return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, form))
 
 
-def _grid(rows: int, device) -> tuple[int]:
-    return (min(-(-rows // ROWS.value), processors(device)),)
+def _grid(rows: int, device, most: int) -> tuple[int]:
+    return (min(-(-rows // ROWS.value), most or processors(device)),)
 
 
-def add_norm(a, b, x, weight, seed, site: int, least: int, scale: float, out, y, mean, rstd):
+def add_norm(a, b, x, weight, seed, site: int, least: int, scale: float, out, y, mean, rstd, most: int = 0):
     """Fills out (N, 384) with x + dropout(a b^T), a (N, K), b (384, K), y with LayerNorm of it, and mean and 1 / std of its rows.
 
-    Dropout, unless seed is None, keeps what reaches `least`, times scale, as dropout.py has it.
+    Dropout, unless seed is None, keeps what reaches `least`, times scale, as dropout.py has it. `most` is of programs, 0 for as many as there are
+    multiprocessors.
     """
     rows, inner = a.shape
     tiles = _describe(a, INNER), _describe(b, INNER, THIRD), _describe(x, WIDTH), _describe(out, WIDTH), _describe(y, WIDTH)
     given = weight, x if seed is None else seed, mean, rstd, rows, inner, site, scale, least
-    _product_add_norm[_grid(rows, a.device)](*tiles, *given, seed is not None, num_warps=8)
+    _product_add_norm[_grid(rows, a.device, most)](*tiles, *given, seed is not None, num_warps=8)
 
 
-def product(a, b, y):
+def product(a, b, y, most: int = 0):
     """Fills y (N, 384) with a b, a (N, K), b (K, 384)."""
     rows, inner = a.shape
-    _product_alone[_grid(rows, a.device)](_describe(a, INNER), _describe(b, THIRD, INNER), _describe(y, WIDTH), rows, inner, num_warps=8)
+    _product_alone[_grid(rows, a.device, most)](_describe(a, INNER), _describe(b, THIRD, INNER), _describe(y, WIDTH), rows, inner, num_warps=8)

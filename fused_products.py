@@ -4,7 +4,7 @@ Apart, GELU reads the result of the product before it from memory again, and its
 fused_products_hopper.py applies GELU to a tile of that product while the next tile is being multiplied, and keeps its derivative, in eight bits: some
 instructions more there, one multiplication on the way back, inside another product, and half of the bytes that the product would be. It also takes a
 factor in three pieces, so that the gradients of queries, keys and values need not be put together first. Times in LOG.md. tests/test_fused.py and
-tests/test_fused_products.py compare with float64, and GELU inside with GELU apart to the bit.
+tests/test_fused_products.py compare with float64, and the values of GELU inside and apart to the bit.
 """
 
 import functools

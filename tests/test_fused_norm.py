@@ -69,11 +69,16 @@ def add_norm_of(a, weight, x, gain, seed, site, p):
     return fused.add_norm(x, a @ weight.t(), seed, site, p, gain, None)
 
 
+def linear_gelu(x, weight, keep):
+    h = x @ weight.t()
+    return F.gelu(h), slope(h).to(x.dtype) if keep else x.new_empty(0)
+
+
 @pytest.fixture
 def plain(monkeypatch):
     monkeypatch.setattr(fused, "add_norm_of", add_norm_of)
     monkeypatch.setattr(fused, "product_of", torch.matmul)
-    monkeypatch.setattr(fused, "linear_gelu", lambda x, weight, keep: (F.gelu(x @ weight.t()), slope(x @ weight.t()).to(x.dtype)))
+    monkeypatch.setattr(fused, "linear_gelu", linear_gelu)
     monkeypatch.setattr(fused, "linear_gelu_backward", lambda dy, weight, kept: (dy @ weight) * kept)
 
 
@@ -119,7 +124,7 @@ def test_joined_blocks_are_the_same_network(request, monkeypatch, make, changes,
 
 @pytest.mark.parametrize("joins", [True, False])
 @on_both
-def test_without_gradients_and_with_taps(request, joins, on_gpu):
+def test_without_gradients_and_with_taps(request, monkeypatch, joins, on_gpu):
     """An evaluation is the same either way; with taps the blocks go one after the other, as the taps stand between them."""
     if not on_gpu:
         request.getfixturevalue("plain")
@@ -128,32 +133,78 @@ def test_without_gradients_and_with_taps(request, joins, on_gpu):
     with torch.no_grad():
         expected = network(idx, idx)[1].item()
         fused.accelerate(network, torch.bfloat16 if on_gpu else torch.float32)
-        network.joins, taps = joins, []
+        network.joins, taps, kept = joins, [], []
+        former = fused.linear_gelu
+        monkeypatch.setattr(fused, "linear_gelu", lambda x, weight, keep: kept.append(keep) or former(x, weight, keep))
         with torch.autocast(DEVICE, torch.bfloat16, enabled=on_gpu):
             assert network(idx, idx)[1].item() == pytest.approx(expected, rel=2e-2 if on_gpu else 1e-5)
             assert network(idx, idx, taps=taps)[1].item() == pytest.approx(expected, rel=2e-2 if on_gpu else 1e-5)
-    assert len(taps) == 3
+    assert len(taps) == 3 and not any(kept) and len(kept) == 3 * (joins + on_gpu * (2 - joins)), "nothing is kept for a way back"
 
 
 @pytest.mark.parametrize("changes", [{}, {"bias": True}, {"n_embd": 192}])
-def test_who_joins(changes):
-    """No other width, no bias, nothing but a Hopper GPU; not where each block is called by itself."""
-    for whole in (True, False):
+@on_both
+def test_who_joins(monkeypatch, changes, on_gpu):
+    """No other width, no bias; not where each block is called by itself, nor where weights have no casts. Elsewhere than on a Hopper GPU one is
+    pretended."""
+    if not on_gpu:
+        network = gpt(n_layer=1).to(DEVICE)
+        fused.accelerate(network, torch.bfloat16)
+        assert network.joins is False
+        monkeypatch.setattr(fused_norm, "applies", lambda half, *biases: len(half) == C and all(bias is None for bias in biases))
+        monkeypatch.setattr(fused.fused_products, "applies", lambda half, bias: bias is None)
+    for options in ({}, {"whole": False}, {"shadows": False}):
         network = gpt(n_layer=1, **changes).to(DEVICE)
-        fused.accelerate(network, torch.bfloat16, whole=whole)
-        assert network.joins is (HOPPER and whole and not changes)
+        fused.accelerate(network, torch.bfloat16, **options)
+        assert network.joins is (not options and not changes)
+
+
+@pytest.mark.skipif(HOPPER, reason="for elsewhere")
+def test_the_compiler_takes_joined_blocks(plain, monkeypatch):
+    """The slope as a byte, results without a gradient and one with that of another: equal to eager's to the bit."""
+
+    def with_bytes(x, weight, keep):
+        h = x @ weight.t()
+        derivative = (1 + torch.erf(h / 2**0.5)) / 2 + h * torch.exp(-h * h / 2) / (2 * torch.pi) ** 0.5
+        return F.gelu(h), (derivative * 200 + 26).round().byte()
+
+    monkeypatch.setattr(fused, "linear_gelu", with_bytes)
+    monkeypatch.setattr(fused, "linear_gelu_backward", lambda dy, weight, kept: (dy @ weight) * ((kept.to(dy.dtype) - 26) / 200))
+    torch.manual_seed(1)
+    network = gpt(n_layer=2)
+    fused.accelerate(network, torch.float32)
+    network.joins, idx, found = True, torch.randint(11, (2, 16)), []
+    for run in (network, torch.compile(network, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(2)
+        network.zero_grad()
+        loss = run(idx, idx)[1]
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in network.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
+def test_blocks_called_by_themselves_are_compiled_once_for_all_layers():
+    """As with several GPUs: the first one, which has no branch to add, and the others."""
+    torch._dynamo.reset()
+    network, counter = gpt(n_layer=4, n_embd=48, n_head=3, dropout=0.0).to(DEVICE), torch._dynamo.testing.CompileCounter()
+    fused.accelerate(network, torch.bfloat16, whole=False)
+    for block in network.transformer.h:
+        block.compile(backend=counter, dynamic=False)
+    idx = torch.randint(11, (2, 16), device=DEVICE)
+    network(idx, idx)[1].backward()
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize(
     "capability, wrong, expected, note",
     [((9, 0), 1, True, None), ((8, 0), 1, False, None), ((9, 0), 1.1, False, "its results are wrong"), ((9, 0), "no", False, "new Gluon")],
 )
-@pytest.mark.parametrize("which", ["add_norm_of", "product_of"])
+@pytest.mark.parametrize("which", ["_add_norm_of", "_product_of"])
 def test_kernels_that_fail_or_are_wrong_are_not_used(monkeypatch, capsys, capability, wrong, expected, note, which):
     """A Hopper GPU is pretended, on which the kernels are right, wrong, or not compiled."""
 
-    def spoiled(function):
-        def call(*given):
+    def spoiled(function, wrong=wrong):
+        def call(*given, most):
             if wrong == "no":
                 raise RuntimeError("new Gluon")
             results = function(*given)
@@ -161,9 +212,8 @@ def test_kernels_that_fail_or_are_wrong_are_not_used(monkeypatch, capsys, capabi
 
         return call
 
-    functions = {"add_norm_of": add_norm_of, "product_of": torch.matmul}
-    for name, function in functions.items():
-        monkeypatch.setattr(fused_norm, name, spoiled(function) if name == which else function)
+    for name, function in {"_add_norm_of": add_norm_of, "_product_of": torch.matmul}.items():
+        monkeypatch.setattr(fused_norm, name, spoiled(function) if name == which else spoiled(function, 1))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert fused_norm._works.__wrapped__(torch.device(DEVICE), torch.bfloat16) is expected
     out = capsys.readouterr().out

@@ -158,8 +158,10 @@ def test_the_speed_with_fewer_bytes_is_the_committed_benchmarks():
     text = " ".join(SPEED.split())
     assert f"with attention's as batched products they take {attention['ms']['median']:.2f}." in text
     alone, all_of_it = products["kernels_ms"]["matrix products"], a["kernels_ms"]["all"]
-    assert f"they take {alone:.2f} and the step {all_of_it:.2f}, {all_of_it / alone:.2f} times as long" in text
-    assert "({:.3f} to {:.3f})".format(*a["ratio"]["quartiles"]) in text
+    assert f"add up to {alone:.2f} for the products and {all_of_it:.2f} for the step, {all_of_it / alone:.2f} times as much" in text
+    spreads = [f"at {row['ratio']['median']:.3f} ({{}}{{:.3f}} to {{:.3f}})" for row in (a, laplacian)]
+    given = spreads[0].format("quartiles ", *a["ratio"]["quartiles"]), spreads[1].format("", *laplacian["ratio"]["quartiles"])
+    assert f"A is {given[0]} and A − I {given[1]}" in text
     assert f"`imagenet16` took {before['ms']['median']:.2f} on an H100 and {before['peak_gib']:.1f} GiB" in text
 
 
