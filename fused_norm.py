@@ -54,7 +54,7 @@ def _add_norm_of(a, weight, x, gain, seed, site: int, p: float, most: int = 0):
     out, y = torch.empty(x.shape, dtype=torch.float32, device=x.device), torch.empty(x.shape, dtype=a.dtype, device=x.device)
     mean, rstd = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
     given = seed, site, threshold(p), 1 / (1 - p)
-    add_norm(a.contiguous(), weight.contiguous(), x.float().contiguous(), gain, *given, out, y, mean, rstd, most)
+    add_norm(a.contiguous(), weight.contiguous(), x.contiguous(), gain, *given, out, y, mean, rstd, most)
     return out, y, mean, rstd
 
 

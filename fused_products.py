@@ -44,11 +44,12 @@ def to_byte(slope):
 
 @triton.jit
 def from_byte(byte):
+    """The derivative in float32, the nearest of its steps."""
     return ((byte.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388634.0) * 0.005
 
 
 def slope_of(bytes_):
-    """The same in torch, float32."""
+    """`from_byte` in torch."""
     return (bytes_.float() - 26) * 0.005
 
 

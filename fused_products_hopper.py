@@ -6,7 +6,7 @@ three different tasks; for fused.py and fused_products.py.
     8 warps      store it, as it is, or GELU of it and its derivative, or multiplied by that, while the next tile is being multiplied
 
 So the arithmetic costs the tensor cores little, and a tile can be as large as registers allow. Without GELU this product is as fast as cuBLAS's. What
-is left is mostly memory's: a second matrix stored forward, one more read backward. Triton's interpreter knows no Gluon.
+is left is mostly memory's: a second matrix of bytes, stored forward and read backward. Triton's interpreter knows no Gluon.
 """
 
 from triton.experimental import gluon
@@ -24,7 +24,7 @@ ROWS, COLUMNS, INNER = 128, 256, 64
 # Slots of the load queue, all that fit beside the finished tile; warps that finish, and their registers a thread: of the 96 that a thread of 20 warps
 # starts with, those who multiply get 160. An instruction for all 256 columns would need 154 at the start, so two make the tile.
 SLOTS, FINISHERS, REGISTERS = 3, 8, 64
-PIECE = 32  # rows of a tile finished at a time; GELU's end keeps some numbers in memory then, and is faster than by 16
+PIECE = 32  # rows of a tile finished at a time, the most that leaves those registers enough
 
 
 @gluon.jit
