@@ -4,7 +4,7 @@ torch.compile fuses element-wise passes well, but leaves these to be won (times 
 
     residual, dropout, LayerNorm   one pass in each direction, which also writes the branch's gradient in half precision and sums the gain's; the
                                    first one takes the embeddings, where they have dropout; a ViT's last one gives the mean over tokens; on Hopper
-                                   GPUs, for rows of 384 channels, the way there is the end of the product before it (fused_norm.py)
+                                   GPUs, for rows of 384 channels, the way there is the end of the product before it; all in fused_norm.py
     dropout                        eight decisions from one Philox call, computed again for the way back: no mask is ever stored (dropout.py)
     linear layers                  weights are cast once per step, all together; their gradients leave the product in float32
     GELU                           exact up to 2.2e-7 with one exp2 and one rsqrt instead of the long erf; kept, not computed again; on Hopper GPUs it
@@ -30,8 +30,8 @@ import fused_attention
 import fused_norm
 import fused_products
 import model
-from dropout import decisions, dropout_seed, threshold
-from fused_norm import add_norm_of, product_of
+from dropout import dropout_seed
+from fused_norm import AddNorm, AddNormMean, StartNorm, add_norm_backward, add_norm_of, product_of, tile_of
 from fused_products import gelu, linear_gelu, linear_gelu_backward, product_of_three
 from model import GPT, CausalSelfAttention, ViT
 from operators import operator
@@ -90,311 +90,6 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx):
         return table_gradient(dx, *ctx.saved_tensors, ctx.rows), None
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Residual stream and LayerNorm
-
-
-@triton.jit
-def _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, out_ptr, mean_ptr, rstd_ptr, row, n, T, START: tl.constexpr, C: tl.constexpr,
-            DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Rows `row` (ROWS,) below n of x plus the branch after dropout, stored; returns them with mean 0 and variance 1, and 0 elsewhere.
-
-    With START no x, but at x_ptr, if anywhere, (T, C) to be added to every T rows of the branch before.
-    """
-    column = tl.arange(0, BLOCK)
-    i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
-    branch = tl.load(branch_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    if START:
-        if x_ptr is not None:
-            branch += tl.load(x_ptr + (row % T)[:, None] * C + column[None, :], mask=mask, other=0.0)
-    if DROPOUT:
-        kept = decisions(tl.load(seed_ptr), site, row, tl.arange(0, BLOCK // 8), C, least, ROWS, BLOCK // 8)
-        branch = tl.where(kept, branch * scale, 0.0)
-    x = branch
-    if not START:
-        x += tl.load(x_ptr + i, mask=mask, other=0.0)
-    tl.store(out_ptr + i, x, mask=mask)
-    mean = tl.sum(x, axis=1) / C
-    centred = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + 1e-5)
-    tl.store(mean_ptr + row, mean, mask=row < n)
-    tl.store(rstd_ptr + row, rstd, mask=row < n)
-    return centred * rstd[:, None]
-
-
-@triton.jit(do_not_specialize=["site"])
-def _add_norm(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, n, T,
-              START: tl.constexpr, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    y = _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, out_ptr, mean_ptr, rstd_ptr, row, n, T, START, C, DROPOUT, ROWS, BLOCK)
-    y *= tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :]
-    if BIAS:
-        y += tl.load(bias_ptr + column, mask=column < C, other=0.0)[None, :]
-    tl.store(y_ptr + row[:, None].to(tl.int64) * C + column[None, :], y, mask=(row[:, None] < n) & (column[None, :] < C))
-
-
-@triton.jit(do_not_specialize=["site"])
-def _add_norm_mean(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, T,
-                   C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The T rows of a sequence, of which the mean of y alone is kept."""
-    column, first = tl.arange(0, BLOCK), tl.program_id(0) * T
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, T, ROWS):
-        row, n = first + start + tl.arange(0, ROWS), first + T
-        total += _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, out_ptr, mean_ptr, rstd_ptr, row, n, T, False, C, DROPOUT, ROWS, BLOCK)
-    y = tl.sum(total, axis=0) / T * tl.load(weight_ptr + column, mask=column < C, other=0.0)
-    if BIAS:
-        y += tl.load(bias_ptr + column, mask=column < C, other=0.0)
-    tl.store(y_ptr + tl.program_id(0).to(tl.int64) * C + column, y, mask=column < C)
-
-
-@triton.jit(do_not_specialize=["site"])
-def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, seed_ptr, site, least, scale, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dweight_ptr,
-                       dbias_ptr, n, T, tiles, MEAN: tl.constexpr, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr,
-                       RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Each program takes `tiles` tiles of ROWS rows, so that the sums over rows for the gain and the bias stay in registers until its end, where it
-    writes its own row of (programs, C) partial sums. Without a residual stream before the sum there is no dx to be written. With MEAN
-    dy is that of means over T rows of y."""
-    column = tl.arange(0, BLOCK)
-    weight, share = tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :], 1.0 / T
-    dweight, dbias = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in range(tiles):
-        row = (tile * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
-        i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
-        if MEAN:
-            dy = tl.load(dy_ptr + (row // T)[:, None].to(tl.int64) * C + column[None, :], mask=mask, other=0.0).to(tl.float32) * share
-        else:
-            dy = tl.load(dy_ptr + i, mask=mask, other=0.0).to(tl.float32)
-        mean, rstd = tl.load(mean_ptr + row, mask=row < n, other=0.0), tl.load(rstd_ptr + row, mask=row < n, other=0.0)
-        normal = tl.where(mask, (tl.load(out_ptr + i, mask=mask, other=0.0) - mean[:, None]) * rstd[:, None], 0.0)
-        dweight += dy * normal
-        if BIAS:
-            dbias += dy
-        g = dy * weight
-        dx = (g - (tl.sum(g, axis=1) / C)[:, None] - normal * (tl.sum(g * normal, axis=1) / C)[:, None]) * rstd[:, None]
-        if RESIDUAL:
-            dx += tl.load(dout_ptr + i, mask=mask, other=0.0)
-        if dx_ptr is not None:
-            tl.store(dx_ptr + i, dx, mask=mask)
-        if DROPOUT:
-            kept = decisions(tl.load(seed_ptr), site, row, tl.arange(0, BLOCK // 8), C, least, ROWS, BLOCK // 8)
-            dx = tl.where(kept, dx * scale, 0.0)
-        tl.store(dbranch_ptr + i, dx, mask=mask)
-    tl.store(dweight_ptr + tl.program_id(0) * C + column, tl.sum(dweight, axis=0), mask=column < C)
-    if BIAS:
-        tl.store(dbias_ptr + tl.program_id(0) * C + column, tl.sum(dbias, axis=0), mask=column < C)
-
-
-@triton.jit
-def _sum_rows(x_ptr, out_ptr, n, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(n, C) -> (C,), BLOCK columns by one program."""
-    row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, n, ROWS):
-        total += tl.load(x_ptr + (start + row) * C + column[None, :], mask=(start + row < n) & (column[None, :] < C), other=0.0)
-    tl.store(out_ptr + column, tl.sum(total, axis=0), mask=column < C)
-
-
-def _sum(partial):
-    """Sum over the rows of a float32 matrix of some hundreds or thousands, several times as fast as torch's."""
-    n, C = partial.shape
-    out = partial.new_empty(C)
-    _sum_rows[(triton.cdiv(C, 8),)](partial, out, n, C, ROWS=512, BLOCK=8, num_warps=8)
-    return out
-
-
-def _tile(C: int, elements: int) -> dict:
-    """Rows and columns of a tile of rows of C: about so many elements, one column block per row."""
-    block = max(8, triton.next_power_of_2(C))  # one call of dropout's generator at least
-    return {"C": C, "BLOCK": block, "ROWS": max(1, elements // block), "num_warps": 4 if block <= 2048 else 8}
-
-
-def _add_norm_into(y, x, branch, seed, site: int, p: float, weight, bias, start: bool):
-    """`add_norm` or, with `start`, `start_norm`, into y: (sum, y, mean, 1 / std)."""
-    C = branch.size(-1)
-    out, n = torch.empty(branch.shape, dtype=torch.float32, device=branch.device), branch.numel() // C
-    mean, rstd = (torch.empty(n, dtype=torch.float32, device=branch.device) for _ in range(2))
-    tile, T = _tile(C, 2048), x.numel() // C if start and x is not None else 1
-    _add_norm[(triton.cdiv(n, tile["ROWS"]),)](
-        x, branch, seed, site, threshold(p), 1 / (1 - p), weight, bias, out, y, mean, rstd, n, T,
-        START=start, DROPOUT=p > 0, BIAS=bias is not None, **tile,
-    )  # fmt: skip
-    return out, y, mean, rstd
-
-
-def _like_add_norm(branch, dtype: torch.dtype):
-    """The shapes of its results."""
-    statistics = branch.new_empty(branch.numel() // branch.size(-1), dtype=torch.float32)
-    return branch.new_empty(branch.shape, dtype=torch.float32), branch.new_empty(branch.shape, dtype=dtype), statistics, torch.empty_like(statistics)
-
-
-def _add_norm_backward_into(dx, dbranch, dout, dy, out, seed, site: int, p: float, weight, bias: bool, mean, rstd):
-    """The gradients of x (unless None) and of the branch into dx and dbranch; returns those of weight and bias (empty if not `bias`).
-
-    dy is that of y or, with fewer rows, of its means over as many rows each.
-    """
-    C = out.size(-1)
-    n, tile, T = out.numel() // C, _tile(C, 1024), out.numel() // dy.numel()
-    alone = tile["BLOCK"] == 1024  # a row of one warp has sums without barriers; longer ones would not fit its registers
-    tiles = triton.cdiv(n, tile["ROWS"])
-    programs = min(tiles, (16 if alone else 8) * processors(out.device))  # about as many as run at once
-    tile["num_warps"] = 1 if alone else tile["num_warps"]
-    dweight = weight.new_empty(programs, C)
-    dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
-    _add_norm_backward[(programs,)](
-        dout, dy, out, seed, site, threshold(p), 1 / (1 - p), weight, mean, rstd, dx, dbranch, dweight, dbias, n, T, triton.cdiv(tiles, programs),
-        MEAN=T > 1, DROPOUT=p > 0, BIAS=bias, RESIDUAL=dout is not None, **tile,
-    )  # fmt: skip
-    return _sum(dweight), _sum(dbias) if bias else dbias
-
-
-@operator
-def add_norm(
-    x: torch.Tensor, branch: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (…, C) float32 plus `branch` after dropout -> the sum in float32, LN of it in branch's dtype, mean and 1 / std (N,).
-
-    Dropout with probability p is by the decisions of `site` under the seed, int64 (1,), for a matrix (N, C); None where p is 0.
-    """
-    x, branch = x.contiguous(), branch.contiguous()
-    return _add_norm_into(torch.empty_like(branch), x, branch, seed, site, p, weight, bias, False)
-
-
-add_norm.register_fake(lambda x, branch, seed, site, p, weight, bias: _like_add_norm(branch, branch.dtype))
-
-
-@operator
-def add_norm_backward(
-    dout: torch.Tensor | None, dy: torch.Tensor, out: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: bool,
-    mean: torch.Tensor, rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x (float32), branch (dy's dtype), weight and bias (empty if not `bias`). dout is None where the sum goes nowhere else."""
-    dy, dout = dy.contiguous(), dout if dout is None else dout.contiguous()
-    dx, dbranch = torch.empty_like(out), torch.empty_like(dy)
-    return dx, dbranch, *_add_norm_backward_into(dx, dbranch, dout, dy, out, seed, site, p, weight, bias, mean, rstd)
-
-
-@add_norm_backward.register_fake
-def _(dout, dy, out, seed, site, p, weight, bias, mean, rstd):
-    form = {"memory_format": torch.contiguous_format}
-    nothing = weight.new_empty(0)
-    return torch.empty_like(out), torch.empty_like(dy, **form), torch.empty_like(weight), torch.empty_like(weight) if bias else nothing
-
-
-class _AddNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, branch, seed, site, p, weight, bias, last):
-        out, y, mean, rstd = add_norm(x, branch, seed, site, p, weight, bias)
-        ctx.save_for_backward(out, seed, weight, mean, rstd)
-        ctx.dropout, ctx.bias, ctx.last = (site, p), bias is not None, last
-        return out, y
-
-    @staticmethod
-    def backward(ctx, dout, dy):
-        out, seed, weight, mean, rstd = ctx.saved_tensors
-        dx, dbranch, dweight, dbias = add_norm_backward(None if ctx.last else dout, dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd)
-        return dx, dbranch, None, None, None, dweight, dbias if ctx.bias else None, None
-
-
-@operator
-def add_norm_mean(
-    x: torch.Tensor, branch: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`add_norm` of (B, T, C) whose LN is not kept, but its mean over T: (B, C) float32."""
-    x, branch, (B, T, C) = x.contiguous(), branch.contiguous(), x.shape
-    out, y = torch.empty_like(x), torch.empty(B, C, dtype=torch.float32, device=x.device)
-    mean, rstd = (torch.empty(B * T, dtype=torch.float32, device=x.device) for _ in range(2))
-    _add_norm_mean[(B,)](
-        x, branch, seed, site, threshold(p), 1 / (1 - p), weight, bias, out, y, mean, rstd, T, DROPOUT=p > 0, BIAS=bias is not None, **_tile(C, 2048)
-    )
-    return out, y, mean, rstd
-
-
-@add_norm_mean.register_fake
-def _(x, branch, seed, site, p, weight, bias):
-    out, _, *statistics = _like_add_norm(branch, branch.dtype)
-    return out, x.new_empty(x.size(0), x.size(2), dtype=torch.float32), *statistics
-
-
-@operator
-def add_norm_mean_backward(
-    dy: torch.Tensor, out: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: bool, mean: torch.Tensor,
-    rstd: torch.Tensor, dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x (float32), branch (`dtype`), weight and bias (empty if not `bias`) from that of the means, (B, C); the sum goes nowhere else."""
-    dx, dbranch = torch.empty_like(out), torch.empty_like(out, dtype=dtype)
-    return dx, dbranch, *_add_norm_backward_into(dx, dbranch, None, dy.contiguous(), out, seed, site, p, weight, bias, mean, rstd)
-
-
-@add_norm_mean_backward.register_fake
-def _(dy, out, seed, site, p, weight, bias, mean, rstd, dtype):
-    nothing = weight.new_empty(0)
-    return torch.empty_like(out), torch.empty_like(out, dtype=dtype), torch.empty_like(weight), torch.empty_like(weight) if bias else nothing
-
-
-class _AddNormMean(torch.autograd.Function):
-    """What is left of `_AddNorm` where its y is wanted for the mean over T alone: (B, C) float32."""
-
-    @staticmethod
-    def forward(ctx, x, branch, seed, site, p, weight, bias):
-        out, y, mean, rstd = add_norm_mean(x, branch, seed, site, p, weight, bias)
-        ctx.save_for_backward(out, seed, weight, mean, rstd)
-        ctx.dropout, ctx.bias, ctx.dtype = (site, p), bias is not None, branch.dtype
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        out, seed, weight, mean, rstd = ctx.saved_tensors
-        dx, dbranch, dweight, dbias = add_norm_mean_backward(dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd, ctx.dtype)
-        return dx, dbranch, None, None, None, dweight, dbias if ctx.bias else None
-
-
-@operator
-def start_norm(
-    x: torch.Tensor, positions: torch.Tensor | None, seed: torch.Tensor, site: int, p: float, weight: torch.Tensor, bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x (B, T, C) plus any positions (T, C) float32, then dropout as in `add_norm` -> that in float32, LN of it in `dtype`, mean and 1 / std (N,)."""
-    x, positions = x.contiguous(), positions if positions is None else positions.contiguous()
-    return _add_norm_into(torch.empty_like(x, dtype=dtype), positions, x, seed, site, p, weight, bias, True)
-
-
-start_norm.register_fake(lambda x, positions, seed, site, p, weight, bias, dtype: _like_add_norm(x, dtype))
-
-
-@operator
-def start_norm_backward(
-    dout: torch.Tensor, dy: torch.Tensor, out: torch.Tensor, seed: torch.Tensor, site: int, p: float, weight: torch.Tensor, bias: bool,
-    mean: torch.Tensor, rstd: torch.Tensor, dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x + positions (B, T, C) in `dtype`, weight and bias (empty if not `bias`)."""
-    dx = torch.empty_like(out, dtype=dtype)
-    return dx, *_add_norm_backward_into(None, dx, dout.contiguous(), dy.contiguous(), out, seed, site, p, weight, bias, mean, rstd)
-
-
-@start_norm_backward.register_fake
-def _(dout, dy, out, seed, site, p, weight, bias, mean, rstd, dtype):
-    return torch.empty_like(out, dtype=dtype), torch.empty_like(weight), torch.empty_like(weight) if bias else weight.new_empty(0)
-
-
-class _StartNorm(torch.autograd.Function):
-    """x plus any positions after dropout, and LN of it in `dtype`. The positions' gradient is a sum over the batch of x's, which is in x's dtype."""
-
-    @staticmethod
-    def forward(ctx, x, positions, seed, site, p, weight, bias, dtype):
-        out, y, mean, rstd = start_norm(x, positions, seed, site, p, weight, bias, dtype)
-        ctx.save_for_backward(out, seed, weight, mean, rstd)
-        ctx.dropout, ctx.bias, ctx.positions, ctx.dtype = (site, p), bias is not None, positions is not None, x.dtype
-        return out, y
-
-    @staticmethod
-    def backward(ctx, dout, dy):
-        out, seed, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = start_norm_backward(dout, dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd, ctx.dtype)
-        dpositions = dx.sum(dim=0, dtype=torch.float32) if ctx.positions else None
-        return dx, dpositions, None, None, None, dweight, dbias if ctx.bias else None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -515,7 +210,7 @@ def subtract(y: torch.Tensor, v: torch.Tensor, alpha: float, lam: float, heads: 
     """model.diffuse, (B, H, T, d) twice -> the same shape with memory in the order (B, T, H, d), which the output projection reads."""
     B, H, T, d = y.shape
     y, v = (part if part.stride(3) == 1 else part.contiguous() for part in (y, v))
-    out, tile = torch.empty(B, T, H, d, dtype=y.dtype, device=y.device), _tile(H * d, 4096)
+    out, tile = torch.empty(B, T, H, d, dtype=y.dtype, device=y.device), tile_of(H * d, 4096)
     _subtract[(triton.cdiv(B * T, tile["ROWS"]),)](y, v, out, B * T, T, alpha, lam, *y.stride()[:3], *v.stride()[:3], FIRST=H - heads, D=d, **tile)
     return out.transpose(1, 2)
 
@@ -567,7 +262,7 @@ def gather(
     B, H, T, d = dq.shape
     parts = _alike([dq, dk, dv, dv if dw is None else dw])
     taps = parts[:3] if tq is None else _alike([tq, tk, tv])
-    out, tile = torch.empty(B, T, 3 * H * d, dtype=dq.dtype, device=dq.device), _tile(H * d, 4096)
+    out, tile = torch.empty(B, T, 3 * H * d, dtype=dq.dtype, device=dq.device), tile_of(H * d, 4096)
     _gather[(triton.cdiv(B * T, tile["ROWS"]),)](
         *parts, *taps, out, B * T, T, coefficient, *parts[0].stride()[:3], *taps[0].stride()[:3],
         FIRST=H if dw is None else H - heads, TAPPED=tq is not None, D=d, **tile,
@@ -780,7 +475,7 @@ class Block(model.Block):
         """The stream and LN of it for the first block."""
         if seed is None:
             return x.float(), self.ln_1(x)
-        return _StartNorm.apply(x, positions, seed, START, p, self.ln_1.weight, self.ln_1.bias, _half(x))
+        return StartNorm.apply(x, positions, seed, START, p, self.ln_1.weight, self.ln_1.bias, _half(x))
 
     def forward(self, x, branch, seed, p, taps=None, positions=None):
         """x + branch after dropout is the stream that enters; returns such a pair. Into the first block go the embeddings x, without a branch, with
@@ -790,12 +485,12 @@ class Block(model.Block):
         if branch is None:
             x, y = self.enter(x, positions, seed, p)
         else:
-            x, y = _AddNorm.apply(x, branch, seed, sites(layer - 1)[2], p, self.ln_1.weight, self.ln_1.bias, False)
+            x, y = AddNorm.apply(x, branch, seed, sites(layer - 1)[2], p, self.ln_1.weight, self.ln_1.bias, False)
         if isinstance(self.attn, Attention):
             branch = self.attn.branch(y, taps, seed)
         else:  # a variant does its own dropout
             branch, seed, p = self.attn(y, None, taps), None, 0.0
-        x, y = _AddNorm.apply(x, branch, seed, sites(layer)[1], p, self.ln_2.weight, self.ln_2.bias, False)
+        x, y = AddNorm.apply(x, branch, seed, sites(layer)[1], p, self.ln_2.weight, self.ln_2.bias, False)
         return x, self.mlp.branch(y)
 
 
@@ -838,7 +533,7 @@ class _Body:
 
     def body(self, x, positions=None, cache=None, taps=None):
         if cache is None:
-            return _AddNorm.apply(*self.blocks(x, positions, taps), True)[1]
+            return AddNorm.apply(*self.blocks(x, positions, taps), True)[1]
         x = self.transformer.drop(x if positions is None else x + positions)
         for block in self.transformer.h:  # decoding, one token at a time: the model's own way
             x = model.Block.forward(block, x, cache, taps)
@@ -961,7 +656,7 @@ class FusedViT(_Body, ViT):
     """A ViT by the fused blocks, whose last LayerNorm is not kept beside its mean."""
 
     def pooled(self, x, positions=None, taps=None):
-        return _AddNormMean.apply(*self.blocks(x, positions, taps))
+        return AddNormMean.apply(*self.blocks(x, positions, taps))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -1,20 +1,348 @@
-"""Linear layers that end in the residual stream's addition and LayerNorm, for half precision on Hopper GPUs and rows of 384 channels.
+"""The residual stream: dropout, addition and LayerNorm, for half precision on CUDA, in Triton's passes and, on Hopper GPUs, as the end of the product
+before them.
 
-A branch of a transformer ends in a linear layer, whose result dropout, the addition and the next LayerNorm read from memory again. Inside the product
-(fused_norm_hopper.py) it stays where it is. The way back has the passes of fused.py, after products of the same kind without such an end: for 384
-columns they are faster than cuBLAS's. Times, and the way back inside, which was not faster, in LOG.md. tests/test_fused_norm.py compares with
-float64.
+A branch of a transformer ends in a linear layer, whose result these passes read from memory again. For rows of 384 channels it stays where it is,
+inside the product (fused_norm_hopper.py). The way back has its passes, after products of the same kind without such an end: for 384 columns they are
+faster than cuBLAS's. Times, and the way back inside, which was not faster, in LOG.md. Sums are in float32, the stream too; tests/test_fused.py and
+tests/test_fused_norm.py compare with float64.
 """
 
 import functools
 
 import torch
+import triton
+import triton.language as tl
 
-from dropout import threshold
+from dropout import decisions, threshold
 from operators import operator, trusted
+from place import processors
 
 CHANNELS = 384
 SHAPES = (264, 200), (CHANNELS, 200), (264, CHANNELS)  # of what the kernels are tried on
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Passes
+
+
+@triton.jit
+def _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, out_ptr, mean_ptr, rstd_ptr, row, n, T, START: tl.constexpr, C: tl.constexpr,
+            DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Rows `row` (ROWS,) below n of x plus the branch after dropout, stored; returns them with mean 0 and variance 1, and 0 elsewhere.
+
+    With START no x, but at x_ptr, if anywhere, (T, C) to be added to every T rows of the branch before.
+    """
+    column = tl.arange(0, BLOCK)
+    i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
+    branch = tl.load(branch_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    if START:
+        if x_ptr is not None:
+            branch += tl.load(x_ptr + (row % T)[:, None] * C + column[None, :], mask=mask, other=0.0)
+    if DROPOUT:
+        kept = decisions(tl.load(seed_ptr), site, row, tl.arange(0, BLOCK // 8), C, least, ROWS, BLOCK // 8)
+        branch = tl.where(kept, branch * scale, 0.0)
+    x = branch
+    if not START:
+        x += tl.load(x_ptr + i, mask=mask, other=0.0)
+    tl.store(out_ptr + i, x, mask=mask)
+    mean = tl.sum(x, axis=1) / C
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + 1e-5)
+    tl.store(mean_ptr + row, mean, mask=row < n)
+    tl.store(rstd_ptr + row, rstd, mask=row < n)
+    return centred * rstd[:, None]
+
+
+@triton.jit(do_not_specialize=["site"])
+def _add_norm(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, n, T,
+              START: tl.constexpr, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    y = _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, out_ptr, mean_ptr, rstd_ptr, row, n, T, START, C, DROPOUT, ROWS, BLOCK)
+    y *= tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :]
+    if BIAS:
+        y += tl.load(bias_ptr + column, mask=column < C, other=0.0)[None, :]
+    tl.store(y_ptr + row[:, None].to(tl.int64) * C + column[None, :], y, mask=(row[:, None] < n) & (column[None, :] < C))
+
+
+@triton.jit(do_not_specialize=["site"])
+def _add_norm_mean(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, T,
+                   C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The T rows of a sequence, of which the mean of y alone is kept."""
+    column, first = tl.arange(0, BLOCK), tl.program_id(0) * T
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, T, ROWS):
+        row, n = first + start + tl.arange(0, ROWS), first + T
+        total += _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, out_ptr, mean_ptr, rstd_ptr, row, n, T, False, C, DROPOUT, ROWS, BLOCK)
+    y = tl.sum(total, axis=0) / T * tl.load(weight_ptr + column, mask=column < C, other=0.0)
+    if BIAS:
+        y += tl.load(bias_ptr + column, mask=column < C, other=0.0)
+    tl.store(y_ptr + tl.program_id(0).to(tl.int64) * C + column, y, mask=column < C)
+
+
+@triton.jit(do_not_specialize=["site"])
+def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, seed_ptr, site, least, scale, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dweight_ptr,
+                       dbias_ptr, n, T, tiles, MEAN: tl.constexpr, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr,
+                       RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Each program takes `tiles` tiles of ROWS rows, so that the sums over rows for the gain and the bias stay in registers until its end, where it
+    writes its own row of (programs, C) partial sums. Without a residual stream before the sum there is no dx to be written. With MEAN
+    dy is that of means over T rows of y."""
+    column = tl.arange(0, BLOCK)
+    weight, share = tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :], 1.0 / T
+    dweight, dbias = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in range(tiles):
+        row = (tile * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+        i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
+        if MEAN:
+            dy = tl.load(dy_ptr + (row // T)[:, None].to(tl.int64) * C + column[None, :], mask=mask, other=0.0).to(tl.float32) * share
+        else:
+            dy = tl.load(dy_ptr + i, mask=mask, other=0.0).to(tl.float32)
+        mean, rstd = tl.load(mean_ptr + row, mask=row < n, other=0.0), tl.load(rstd_ptr + row, mask=row < n, other=0.0)
+        normal = tl.where(mask, (tl.load(out_ptr + i, mask=mask, other=0.0) - mean[:, None]) * rstd[:, None], 0.0)
+        dweight += dy * normal
+        if BIAS:
+            dbias += dy
+        g = dy * weight
+        dx = (g - (tl.sum(g, axis=1) / C)[:, None] - normal * (tl.sum(g * normal, axis=1) / C)[:, None]) * rstd[:, None]
+        if RESIDUAL:
+            dx += tl.load(dout_ptr + i, mask=mask, other=0.0)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + i, dx, mask=mask)
+        if DROPOUT:
+            kept = decisions(tl.load(seed_ptr), site, row, tl.arange(0, BLOCK // 8), C, least, ROWS, BLOCK // 8)
+            dx = tl.where(kept, dx * scale, 0.0)
+        tl.store(dbranch_ptr + i, dx, mask=mask)
+    tl.store(dweight_ptr + tl.program_id(0) * C + column, tl.sum(dweight, axis=0), mask=column < C)
+    if BIAS:
+        tl.store(dbias_ptr + tl.program_id(0) * C + column, tl.sum(dbias, axis=0), mask=column < C)
+
+
+@triton.jit
+def _sum_rows(x_ptr, out_ptr, n, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(n, C) -> (C,), BLOCK columns by one program."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, n, ROWS):
+        total += tl.load(x_ptr + (start + row) * C + column[None, :], mask=(start + row < n) & (column[None, :] < C), other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, axis=0), mask=column < C)
+
+
+def _sum(partial):
+    """Sum over the rows of a float32 matrix of some hundreds or thousands, several times as fast as torch's."""
+    n, C = partial.shape
+    out = partial.new_empty(C)
+    _sum_rows[(triton.cdiv(C, 8),)](partial, out, n, C, ROWS=512, BLOCK=8, num_warps=8)
+    return out
+
+
+def tile_of(C: int, elements: int) -> dict:
+    """Rows and columns of a tile of rows of C: about so many elements, one column block per row."""
+    block = max(8, triton.next_power_of_2(C))  # one call of dropout's generator at least
+    return {"C": C, "BLOCK": block, "ROWS": max(1, elements // block), "num_warps": 4 if block <= 2048 else 8}
+
+
+def _add_norm_into(y, x, branch, seed, site: int, p: float, weight, bias, start: bool):
+    """`add_norm` or, with `start`, `start_norm`, into y: (sum, y, mean, 1 / std)."""
+    C = branch.size(-1)
+    out, n = torch.empty(branch.shape, dtype=torch.float32, device=branch.device), branch.numel() // C
+    mean, rstd = (torch.empty(n, dtype=torch.float32, device=branch.device) for _ in range(2))
+    tile, T = tile_of(C, 2048), x.numel() // C if start and x is not None else 1
+    _add_norm[(triton.cdiv(n, tile["ROWS"]),)](
+        x, branch, seed, site, threshold(p), 1 / (1 - p), weight, bias, out, y, mean, rstd, n, T,
+        START=start, DROPOUT=p > 0, BIAS=bias is not None, **tile,
+    )  # fmt: skip
+    return out, y, mean, rstd
+
+
+def _like_add_norm(branch, dtype: torch.dtype):
+    """The shapes of its results."""
+    statistics = branch.new_empty(branch.numel() // branch.size(-1), dtype=torch.float32)
+    return branch.new_empty(branch.shape, dtype=torch.float32), branch.new_empty(branch.shape, dtype=dtype), statistics, torch.empty_like(statistics)
+
+
+def _add_norm_backward_into(dx, dbranch, dout, dy, out, seed, site: int, p: float, weight, bias: bool, mean, rstd):
+    """The gradients of x (unless None) and of the branch into dx and dbranch; returns those of weight and bias (empty if not `bias`).
+
+    dy is that of y or, with fewer rows, of its means over as many rows each.
+    """
+    C = out.size(-1)
+    n, tile, T = out.numel() // C, tile_of(C, 1024), out.numel() // dy.numel()
+    alone = tile["BLOCK"] == 1024  # a row of one warp has sums without barriers; longer ones would not fit its registers
+    tiles = triton.cdiv(n, tile["ROWS"])
+    programs = min(tiles, (16 if alone else 8) * processors(out.device))  # about as many as run at once
+    tile["num_warps"] = 1 if alone else tile["num_warps"]
+    dweight = weight.new_empty(programs, C)
+    dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
+    _add_norm_backward[(programs,)](
+        dout, dy, out, seed, site, threshold(p), 1 / (1 - p), weight, mean, rstd, dx, dbranch, dweight, dbias, n, T, triton.cdiv(tiles, programs),
+        MEAN=T > 1, DROPOUT=p > 0, BIAS=bias, RESIDUAL=dout is not None, **tile,
+    )  # fmt: skip
+    return _sum(dweight), _sum(dbias) if bias else dbias
+
+
+@operator
+def add_norm(
+    x: torch.Tensor, branch: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (…, C) float32 plus `branch` after dropout -> the sum in float32, LN of it in branch's dtype, mean and 1 / std (N,).
+
+    Dropout with probability p is by the decisions of `site` under the seed, int64 (1,), for a matrix (N, C); None where p is 0.
+    """
+    x, branch = x.contiguous(), branch.contiguous()
+    return _add_norm_into(torch.empty_like(branch), x, branch, seed, site, p, weight, bias, False)
+
+
+add_norm.register_fake(lambda x, branch, seed, site, p, weight, bias: _like_add_norm(branch, branch.dtype))
+
+
+@operator
+def add_norm_backward(
+    dout: torch.Tensor | None, dy: torch.Tensor, out: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: bool,
+    mean: torch.Tensor, rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x (float32), branch (dy's dtype), weight and bias (empty if not `bias`). dout is None where the sum goes nowhere else."""
+    dy, dout = dy.contiguous(), dout if dout is None else dout.contiguous()
+    dx, dbranch = torch.empty_like(out), torch.empty_like(dy)
+    return dx, dbranch, *_add_norm_backward_into(dx, dbranch, dout, dy, out, seed, site, p, weight, bias, mean, rstd)
+
+
+@add_norm_backward.register_fake
+def _(dout, dy, out, seed, site, p, weight, bias, mean, rstd):
+    form = {"memory_format": torch.contiguous_format}
+    nothing = weight.new_empty(0)
+    return torch.empty_like(out), torch.empty_like(dy, **form), torch.empty_like(weight), torch.empty_like(weight) if bias else nothing
+
+
+class AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, branch, seed, site, p, weight, bias, last):
+        out, y, mean, rstd = add_norm(x, branch, seed, site, p, weight, bias)
+        ctx.save_for_backward(out, seed, weight, mean, rstd)
+        ctx.dropout, ctx.bias, ctx.last = (site, p), bias is not None, last
+        return out, y
+
+    @staticmethod
+    def backward(ctx, dout, dy):
+        out, seed, weight, mean, rstd = ctx.saved_tensors
+        dx, dbranch, dweight, dbias = add_norm_backward(None if ctx.last else dout, dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd)
+        return dx, dbranch, None, None, None, dweight, dbias if ctx.bias else None, None
+
+
+@operator
+def add_norm_mean(
+    x: torch.Tensor, branch: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`add_norm` of (B, T, C) whose LN is not kept, but its mean over T: (B, C) float32."""
+    x, branch, (B, T, C) = x.contiguous(), branch.contiguous(), x.shape
+    out, y = torch.empty_like(x), torch.empty(B, C, dtype=torch.float32, device=x.device)
+    mean, rstd = (torch.empty(B * T, dtype=torch.float32, device=x.device) for _ in range(2))
+    _add_norm_mean[(B,)](
+        x,
+        branch,
+        seed,
+        site,
+        threshold(p),
+        1 / (1 - p),
+        weight,
+        bias,
+        out,
+        y,
+        mean,
+        rstd,
+        T,
+        DROPOUT=p > 0,
+        BIAS=bias is not None,
+        **tile_of(C, 2048),
+    )
+    return out, y, mean, rstd
+
+
+@add_norm_mean.register_fake
+def _(x, branch, seed, site, p, weight, bias):
+    out, _, *statistics = _like_add_norm(branch, branch.dtype)
+    return out, x.new_empty(x.size(0), x.size(2), dtype=torch.float32), *statistics
+
+
+@operator
+def add_norm_mean_backward(
+    dy: torch.Tensor, out: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: bool, mean: torch.Tensor,
+    rstd: torch.Tensor, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x (float32), branch (`dtype`), weight and bias (empty if not `bias`) from that of the means, (B, C); the sum goes nowhere else."""
+    dx, dbranch = torch.empty_like(out), torch.empty_like(out, dtype=dtype)
+    return dx, dbranch, *_add_norm_backward_into(dx, dbranch, None, dy.contiguous(), out, seed, site, p, weight, bias, mean, rstd)
+
+
+@add_norm_mean_backward.register_fake
+def _(dy, out, seed, site, p, weight, bias, mean, rstd, dtype):
+    nothing = weight.new_empty(0)
+    return torch.empty_like(out), torch.empty_like(out, dtype=dtype), torch.empty_like(weight), torch.empty_like(weight) if bias else nothing
+
+
+class AddNormMean(torch.autograd.Function):
+    """What is left of `AddNorm` where its y is wanted for the mean over T alone: (B, C) float32."""
+
+    @staticmethod
+    def forward(ctx, x, branch, seed, site, p, weight, bias):
+        out, y, mean, rstd = add_norm_mean(x, branch, seed, site, p, weight, bias)
+        ctx.save_for_backward(out, seed, weight, mean, rstd)
+        ctx.dropout, ctx.bias, ctx.dtype = (site, p), bias is not None, branch.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        out, seed, weight, mean, rstd = ctx.saved_tensors
+        dx, dbranch, dweight, dbias = add_norm_mean_backward(dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd, ctx.dtype)
+        return dx, dbranch, None, None, None, dweight, dbias if ctx.bias else None
+
+
+@operator
+def start_norm(
+    x: torch.Tensor, positions: torch.Tensor | None, seed: torch.Tensor, site: int, p: float, weight: torch.Tensor, bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x (B, T, C) plus any positions (T, C) float32, then dropout as in `add_norm` -> that in float32, LN of it in `dtype`, mean and 1 / std (N,)."""
+    x, positions = x.contiguous(), positions if positions is None else positions.contiguous()
+    return _add_norm_into(torch.empty_like(x, dtype=dtype), positions, x, seed, site, p, weight, bias, True)
+
+
+start_norm.register_fake(lambda x, positions, seed, site, p, weight, bias, dtype: _like_add_norm(x, dtype))
+
+
+@operator
+def start_norm_backward(
+    dout: torch.Tensor, dy: torch.Tensor, out: torch.Tensor, seed: torch.Tensor, site: int, p: float, weight: torch.Tensor, bias: bool,
+    mean: torch.Tensor, rstd: torch.Tensor, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x + positions (B, T, C) in `dtype`, weight and bias (empty if not `bias`)."""
+    dx = torch.empty_like(out, dtype=dtype)
+    return dx, *_add_norm_backward_into(None, dx, dout.contiguous(), dy.contiguous(), out, seed, site, p, weight, bias, mean, rstd)
+
+
+@start_norm_backward.register_fake
+def _(dout, dy, out, seed, site, p, weight, bias, mean, rstd, dtype):
+    return torch.empty_like(out, dtype=dtype), torch.empty_like(weight), torch.empty_like(weight) if bias else weight.new_empty(0)
+
+
+class StartNorm(torch.autograd.Function):
+    """x plus any positions after dropout, and LN of it in `dtype`. The positions' gradient is a sum over the batch of x's, which is in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, positions, seed, site, p, weight, bias, dtype):
+        out, y, mean, rstd = start_norm(x, positions, seed, site, p, weight, bias, dtype)
+        ctx.save_for_backward(out, seed, weight, mean, rstd)
+        ctx.dropout, ctx.bias, ctx.positions, ctx.dtype = (site, p), bias is not None, positions is not None, x.dtype
+        return out, y
+
+    @staticmethod
+    def backward(ctx, dout, dy):
+        out, seed, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = start_norm_backward(dout, dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd, ctx.dtype)
+        dpositions = dx.sum(dim=0, dtype=torch.float32) if ctx.positions else None
+        return dx, dpositions, None, None, None, dweight, dbias if ctx.bias else None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Inside a product
 
 
 def applies(half: torch.Tensor, *biases: torch.Tensor | None) -> bool:
@@ -26,11 +354,9 @@ def applies(half: torch.Tensor, *biases: torch.Tensor | None) -> bool:
 
 @functools.cache
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels run there, tried on small matrices against fused.py's passes; says why not on a Hopper GPU."""
+    """Whether the kernels run there, tried on small matrices against the passes; says why not on a Hopper GPU."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    import fused
-
     # two tiles for a program, the last one not whole, a ring of slots that turns; no random numbers, which are the training's
     waves = (torch.arange(rows * columns, device=device).mul(0.7 + n).sin().view(rows, columns) for n, (rows, columns) in enumerate(SHAPES))
     a, weight, x, gain, seed = *waves, torch.linspace(0.5, 1.5, CHANNELS, device=device), torch.tensor([5], device=device)
@@ -40,7 +366,7 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     def pairs():
         alike = [(_product_of(a, right, most=2), a @ right)]
         for given, p in ((seed, 0.25), (None, 0.0)):
-            ours, apart = _add_norm_of(a, weight, x, gain, given, 1, p, most=2), fused.add_norm(x, a @ weight.t(), given, 1, p, gain, None)
+            ours, apart = _add_norm_of(a, weight, x, gain, given, 1, p, most=2), add_norm(x, a @ weight.t(), given, 1, p, gain, None)
             alike += zip(ours[:2], apart)
         return [(one.to(dtype), other.to(dtype)) for one, other in alike]  # the branch was rounded, so float32 is no nearer
 
@@ -70,7 +396,7 @@ def _product_of(a, weight, most: int = 0):
 def add_norm_of(
     a: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, seed: torch.Tensor | None, site: int, p: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """a (N, K), weight (384, K), x (N, 384) float32 -> what fused.add_norm has of x and the branch a weight^T, rounded to a's dtype."""
+    """a (N, K), weight (384, K), x (N, 384) float32 -> what add_norm has of x and the branch a weight^T, rounded to a's dtype."""
     return _add_norm_of(a, weight, x, gain, seed, site, p)
 
 

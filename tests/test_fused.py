@@ -13,6 +13,7 @@ from test_fused_attention import exactly, mask  # noqa: E402
 import dropout  # noqa: E402
 import fused  # noqa: E402
 import fused_attention  # noqa: E402
+import fused_norm  # noqa: E402
 import fused_products  # noqa: E402
 import operators  # noqa: E402
 from model import GPT, GPTConfig, ViT, ViTConfig, attention_matrix, attention_reference  # noqa: E402
@@ -56,7 +57,7 @@ def test_residual_dropout_and_layer_norm(shape, bias, p, last):
     seed = torch.randint(2**62, (1,), device=DEVICE) if p else None
     kept = dropout.kept(seed, 3, p, branch.numel() // shape[-1], shape[-1]).view(shape) if p else None
     directions = torch.randn(2, *shape, device=DEVICE)
-    out, y = fused._AddNorm.apply(x, branch, seed, 3, p, weight, offset if bias else None, last)
+    out, y = fused_norm.AddNorm.apply(x, branch, seed, 3, p, weight, offset if bias else None, last)
     ((0 if last else (out * directions[0]).sum()) + (y * directions[1]).sum()).backward()
     x64, branch64, weight64, offset64 = (t.detach().double().requires_grad_() for t in (x, branch, weight, offset))
     sum64 = x64 + (branch64 if kept is None else branch64 * kept / (1 - p))
@@ -76,7 +77,7 @@ def test_the_mean_of_the_last_layer_norm(B, T, C, bias, p):
     weight, offset, direction = torch.randn(C, device=DEVICE), torch.randn(C, device=DEVICE), torch.randn(B, C, device=DEVICE)
     seed = torch.randint(2**62, (1,), device=DEVICE) if p else None
     leaves = x, branch, weight.requires_grad_(), *((offset.requires_grad_(),) if bias else ())
-    y = fused._AddNormMean.apply(x, branch, seed, 3, p, weight, offset if bias else None)
+    y = fused_norm.AddNormMean.apply(x, branch, seed, 3, p, weight, offset if bias else None)
     exact = [t.detach().double().requires_grad_() for t in leaves]
     dropped = exact[1] * dropout.kept(seed, 3, p, B * T, C).view(B, T, C) / (1 - p) if p else exact[1]
     reference = F.layer_norm(exact[0] + dropped, (C,), exact[2], exact[3] if bias else None, 1e-5).mean(dim=1)
@@ -98,7 +99,7 @@ def test_embeddings_positions_dropout_and_layer_norm(B, T, C, bias, p, placed):
     positions, weight, offset = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((T, C), (C,), (C,)))
     seed, directions = torch.randint(2**62, (1,), device=DEVICE), torch.randn(2, B, T, C, device=DEVICE)
     kept = dropout.kept(seed, 3, p, B * T, C).view(B, T, C)
-    out, y = fused._StartNorm.apply(x, positions if placed else None, seed, 3, p, weight, offset if bias else None, half)
+    out, y = fused_norm.StartNorm.apply(x, positions if placed else None, seed, 3, p, weight, offset if bias else None, half)
     assert (out.dtype, y.dtype) == (torch.float32, half)
     ((out * directions[0]).sum() + (y.float() * directions[1]).sum()).backward()
     x64, positions64, weight64, offset64 = (t.detach().double().requires_grad_() for t in (x, positions, weight, offset))
@@ -405,21 +406,21 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
             arguments = (dout, qkv, given, lse, *drop, 2, 0.5, 1.5, heads, True)
             torch.library.opcheck(fused_attention.attend_backward, arguments, test_utils=checks)
     rows, gain = torch.randn(6, 4, device=DEVICE), torch.randn(4, device=DEVICE)
-    torch.library.opcheck(fused.add_norm, (rows, rows.clone(), None, 0, 0.0, gain, None), test_utils=checks)
-    torch.library.opcheck(fused.add_norm, (rows, rows.clone(), seed, 3, 0.2, gain, gain.clone()), test_utils=checks)
+    torch.library.opcheck(fused_norm.add_norm, (rows, rows.clone(), None, 0, 0.0, gain, None), test_utils=checks)
+    torch.library.opcheck(fused_norm.add_norm, (rows, rows.clone(), seed, 3, 0.2, gain, gain.clone()), test_utils=checks)
     statistics = torch.randn(6, device=DEVICE)
     for dout, bias in ((None, True), (rows.clone(), False)):
         arguments = (dout, rows.clone(), rows, seed, 3, 0.2, gain, bias, statistics, statistics.clone())
-        torch.library.opcheck(fused.add_norm_backward, arguments, test_utils=checks)
+        torch.library.opcheck(fused_norm.add_norm_backward, arguments, test_utils=checks)
     stream, half = torch.randn(2, 3, 4, device=DEVICE), torch.float16
     for drop, bias in (((seed, 3, 0.2), None), ((None, 0, 0.0), gain.clone())):
-        torch.library.opcheck(fused.add_norm_mean, (stream, stream.to(half), *drop, gain, bias), test_utils=checks)
+        torch.library.opcheck(fused_norm.add_norm_mean, (stream, stream.to(half), *drop, gain, bias), test_utils=checks)
         arguments = (rows[:2].clone(), stream, *drop, gain, bias is not None, statistics, statistics.clone(), half)
-        torch.library.opcheck(fused.add_norm_mean_backward, arguments, test_utils=checks)
+        torch.library.opcheck(fused_norm.add_norm_mean_backward, arguments, test_utils=checks)
     for positions, bias in ((torch.randn(3, 4, device=DEVICE), None), (None, gain.clone())):
-        torch.library.opcheck(fused.start_norm, (stream.to(half), positions, seed, 3, 0.2, gain, bias, half), test_utils=checks)
+        torch.library.opcheck(fused_norm.start_norm, (stream.to(half), positions, seed, 3, 0.2, gain, bias, half), test_utils=checks)
         arguments = (stream.clone(), stream.to(half), stream, seed, 3, 0.2, gain, bias is not None, statistics, statistics.clone(), half)
-        torch.library.opcheck(fused.start_norm_backward, arguments, test_utils=checks)
+        torch.library.opcheck(fused_norm.start_norm_backward, arguments, test_utils=checks)
 
 
 @pytest.mark.skipif(torch.__version__ >= (2, 13), reason="mended in torch 2.13")

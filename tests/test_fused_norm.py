@@ -46,7 +46,7 @@ def test_addition_and_norm_inside(N, K, p, dtype, rounding):
     close(y, normal(exact) * gain.double(), rounding, 1e-5)
     close(mean, exact.mean(dim=1), 1e-5, 1e-6)
     close(rstd, (exact.var(dim=1, unbiased=False) + 1e-5).rsqrt(), 1e-5, 1e-6)
-    apart = fused.add_norm(x, a @ weight.t(), seed, 5, p, gain, None)
+    apart = fused_norm.add_norm(x, a @ weight.t(), seed, 5, p, gain, None)
     assert torch.equal(out == x, apart[0] == x), "the same decisions as in the pass"
     again = fused_norm.add_norm_of(a, weight, x, gain, seed, 5, p)
     assert all(torch.equal(one, other) for one, other in zip((out, y, mean, rstd), again))
@@ -66,7 +66,7 @@ def test_product_without_such_an_end(N, K, dtype, rounding):
 
 def add_norm_of(a, weight, x, gain, seed, site, p):
     """By torch and fused.py's pass."""
-    return fused.add_norm(x, a @ weight.t(), seed, site, p, gain, None)
+    return fused_norm.add_norm(x, a @ weight.t(), seed, site, p, gain, None)
 
 
 def linear_gelu(x, weight, keep):
