@@ -19,6 +19,7 @@ import triton.language as tl
 
 from dropout import decisions_of_product, threshold
 from operators import operator, trusted
+from place import processors
 
 FORWARD, BACKWARD = (64, 4, 2), (64, 4, 2)  # queries, and keys, at a time; warps; loads in flight
 LONGEST = 256  # tokens of a sequence for the kernels in Triton
@@ -117,10 +118,34 @@ def _queries(qkv_ptr, dout_ptr, sequence, head, i, T, H, lam, FIRST: tl.constexp
 
 
 @triton.jit(do_not_specialize=["site"])
+def _attend_whole_backward(qkv_ptr, seed_ptr, site, least, dout_ptr, lse_ptr, dqkv_ptr, n, T, H, alpha, lam, factor, scale, FIRST: tl.constexpr,
+                           CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """dq, dk and dv where one block holds a sequence, for some of the n heads of all sequences, of which the next are on their way meanwhile. What
+    delta = dy y is comes from the rows of A: no y is read."""
+    i, e, width = tl.arange(0, BLOCK), tl.arange(0, D), H * D
+    for turn in range(tl.cdiv(n - tl.program_id(0), tl.num_programs(0))):
+        which = tl.program_id(0) + turn * tl.num_programs(0)
+        sequence, head = (which // H).to(tl.int64), which % H
+        place, live = _rows(i, T, e, 3 * width)
+        place += sequence * T * (3 * width) + head * D
+        q, dy = _queries(qkv_ptr + sequence * T * (3 * width) + head * D, dout_ptr, sequence, head, i, T, H, lam, FIRST, D)
+        k, v = tl.load(qkv_ptr + width + place, mask=live, other=0.0), tl.load(qkv_ptr + 2 * width + place, mask=live, other=0.0)
+        lse = tl.load(lse_ptr + which.to(tl.int64) * T + i, mask=i < T, other=0.0)
+        p, a, da = _pair(q, k, v, dy, lse, seed_ptr, site, least, which, i, 0, T, factor, scale, CAUSAL, DROPOUT, BLOCK)
+        ds = (p * (da - tl.sum(p * da, axis=1)[:, None]) * scale).to(q.dtype)
+        dq, dk = tl.dot(ds, k, input_precision="ieee"), tl.dot(tl.trans(ds), q, input_precision="ieee")
+        dv = tl.dot(tl.trans(a), dy, input_precision="ieee")
+        if head >= FIRST:
+            dv -= alpha * dy.to(tl.float32)
+        tl.store(dqkv_ptr + place, dq, mask=live)
+        tl.store(dqkv_ptr + width + place, dk, mask=live)
+        tl.store(dqkv_ptr + 2 * width + place, dv, mask=live)
+
+
+@triton.jit(do_not_specialize=["site"])
 def _attend_queries_backward(qkv_ptr, seed_ptr, site, least, y_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, H, alpha, lam, factor, scale,
-                             FIRST: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr, D: tl.constexpr,
-                             BLOCK: tl.constexpr):  # fmt: skip
-    """dq of a block of queries, and delta = dy y; with WHOLE, where there is one block, dk and dv too, and delta from A's rows: no y is read."""
+                             FIRST: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """dq of a block of queries, and delta = dy y."""
     blocks = tl.cdiv(T, BLOCK)
     which, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     sequence, head = (which // H).to(tl.int64), which % H
@@ -131,32 +156,21 @@ def _attend_queries_backward(qkv_ptr, seed_ptr, site, least, y_ptr, dout_ptr, ls
     place, live = _rows(i, T, e, 3 * width)
     q, dy = _queries(qkv_ptr, dout_ptr, sequence, head, i, T, H, lam, FIRST, D)
     lse = tl.load(lse_ptr + which.to(tl.int64) * T + i, mask=i < T, other=0.0)
-    if WHOLE:
-        k, v = tl.load(qkv_ptr + width + place, mask=live, other=0.0), tl.load(qkv_ptr + 2 * width + place, mask=live, other=0.0)
-        p, a, da = _pair(q, k, v, dy, lse, seed_ptr, site, least, which, i, 0, T, factor, scale, CAUSAL, DROPOUT, BLOCK)
-        ds = (p * (da - tl.sum(p * da, axis=1)[:, None]) * scale).to(q.dtype)
-        dq, dk = tl.dot(ds, k, input_precision="ieee"), tl.dot(tl.trans(ds), q, input_precision="ieee")
-        dv = tl.dot(tl.trans(a), dy, input_precision="ieee")
-        if head >= FIRST:
-            dv -= alpha * dy.to(tl.float32)
-        tl.store(dqkv_ptr + width + place, dk, mask=live)
-        tl.store(dqkv_ptr + 2 * width + place, dv, mask=live)
-    else:
-        at, _ = _rows(i, T, e, width)
-        y = tl.load(y_ptr + sequence * T * width + head * D + at, mask=live, other=0.0).to(tl.float32)
-        delta = tl.sum(dy.to(tl.float32) * y, axis=1)
-        tl.store(delta_ptr + which.to(tl.int64) * T + i, delta, mask=i < T)
-        dq = tl.zeros((BLOCK, D), tl.float32)
-        end = T
-        if CAUSAL:
-            end = tl.minimum((block + 1) * BLOCK, T)
-        for start in range(0, end, BLOCK):
-            j = start + tl.arange(0, BLOCK)
-            there, present = _rows(j, T, e, 3 * width)
-            k, v = tl.load(qkv_ptr + width + there, mask=present, other=0.0), tl.load(qkv_ptr + 2 * width + there, mask=present, other=0.0)
-            p, a, da = _pair(q, k, v, dy, lse, seed_ptr, site, least, which, i, start, T, factor, scale, CAUSAL, DROPOUT, BLOCK)
-            ds = (p * (da - delta[:, None]) * scale).to(q.dtype)
-            dq = tl.dot(ds, k, acc=dq, input_precision="ieee")
+    at, _ = _rows(i, T, e, width)
+    y = tl.load(y_ptr + sequence * T * width + head * D + at, mask=live, other=0.0).to(tl.float32)
+    delta = tl.sum(dy.to(tl.float32) * y, axis=1)
+    tl.store(delta_ptr + which.to(tl.int64) * T + i, delta, mask=i < T)
+    dq = tl.zeros((BLOCK, D), tl.float32)
+    end = T
+    if CAUSAL:
+        end = tl.minimum((block + 1) * BLOCK, T)
+    for start in range(0, end, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        there, present = _rows(j, T, e, 3 * width)
+        k, v = tl.load(qkv_ptr + width + there, mask=present, other=0.0), tl.load(qkv_ptr + 2 * width + there, mask=present, other=0.0)
+        p, a, da = _pair(q, k, v, dy, lse, seed_ptr, site, least, which, i, start, T, factor, scale, CAUSAL, DROPOUT, BLOCK)
+        ds = (p * (da - delta[:, None]) * scale).to(q.dtype)
+        dq = tl.dot(ds, k, acc=dq, input_precision="ieee")
     tl.store(dqkv_ptr + place, dq, mask=live)
 
 
@@ -221,6 +235,11 @@ def _whole(T: int) -> bool:
     return T <= BACKWARD[0]
 
 
+def _ahead(device: torch.device, d: int) -> bool:
+    """Whether a multiprocessor has room for two programs with what they need for two heads more, 105 KB each (on a CPU the loop is what counts)."""
+    return d <= 64 and (device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0))
+
+
 def _form(qkv, p: float, n_head: int, heads: int, causal: bool, tile: tuple[int, int, int]) -> tuple[tuple[int], dict]:
     """Grid, of one axis since only the first may be longer than 65,535, and constants of the launches."""
     (B, T, C3), (block, warps, stages) = qkv.shape, tile
@@ -253,12 +272,17 @@ def _forward(qkv, seed, site: int, p: float, n_head: int, alpha: float, lam: flo
 def _backward(dout, qkv, y, lse, seed, site: int, p: float, n_head: int, alpha: float, lam: float, heads: int, causal: bool):
     grid, form = _form(qkv, p, n_head, heads, causal, BACKWARD)
     T, numbers = qkv.size(1), (alpha, lam, 1 / (1 - p), 1 / math.sqrt(form["D"]))
-    dqkv, delta = torch.empty_like(qkv), None if _whole(T) else torch.empty_like(lse)
-    given = (qkv, seed, site, threshold(p), y, dout, lse, delta, dqkv, T, n_head, *numbers)
+    dqkv, drop = torch.empty_like(qkv), (seed, site, threshold(p))
     fewer = {"maxnreg": 168} if form["D"] <= 64 else {}  # three programs on a multiprocessor; with dropout it would take registers until two fit
-    _attend_queries_backward[grid](*given, WHOLE=_whole(T), **form, **fewer)
-    if not _whole(T):
-        _attend_keys_backward[grid](*given, **form)
+    if _whole(T):
+        programs, form = grid, form | fewer | {"num_stages": 1}
+        if _ahead(qkv.device, form["D"]):
+            programs, form = (min(grid[0], 2 * processors(qkv.device)),), form | {"num_stages": 3, "maxnreg": None}
+        _attend_whole_backward[programs](qkv, *drop, dout, lse, dqkv, grid[0], T, n_head, *numbers, **form)
+        return dqkv
+    given = (qkv, *drop, y, dout, lse, torch.empty_like(lse), dqkv, T, n_head, *numbers)
+    _attend_queries_backward[grid](*given, **form, **fewer)
+    _attend_keys_backward[grid](*given, **form)
     return dqkv
 
 
