@@ -431,7 +431,7 @@ class _Joint(torch.autograd.Function):
         a, slope, last_half, out, mean, rstd, seed, gain, y, first_half = ctx.saved_tensors
         dfirst = weight_gradient(dz, y)
         dy = product_of(dz, first_half)
-        dx, dbranch, dgain, _ = add_norm_backward(dout, dy, out, seed, *ctx.dropout, gain, False, mean, rstd)
+        dx, dbranch, dgain, _ = add_norm_backward(dout, dy, out, y, seed, *ctx.dropout, gain, False, mean, rstd)
         da, dlast = _end_backward(dbranch, a, slope, last_half)
         return dx, da, None, dlast, None, None, None, None, dgain, dfirst, None, None, None
 
@@ -442,7 +442,7 @@ class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, slope, last, last_half):
         ctx.save_for_backward(a, slope, last_half)
-        return a @ last_half.t()
+        return product_of(a, last_half, True)
 
     @staticmethod
     def backward(ctx, dbranch):

@@ -19,6 +19,7 @@ from place import processors
 
 CHANNELS = 384
 SHAPES = (264, 200), (CHANNELS, 200), (264, CHANNELS)  # of what the kernels are tried on
+LEAST_GAIN = tl.constexpr(2.0**-10)  # that LN in half precision is divided by: float16's least steps, 6e-8, are then 6e-5 standard deviations
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -28,7 +29,8 @@ SHAPES = (264, 200), (CHANNELS, 200), (264, CHANNELS)  # of what the kernels are
 @triton.jit
 def _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, out_ptr, mean_ptr, rstd_ptr, row, n, T, START: tl.constexpr, C: tl.constexpr,
             DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Rows `row` (ROWS,) below n of x plus the branch after dropout, stored; returns them with mean 0 and variance 1, and 0 elsewhere.
+    """Rows `row` (ROWS,) below n of x plus the branch after dropout, stored if out_ptr is given; returns them with mean 0 and variance 1, and 0
+    elsewhere.
 
     With START no x, but at x_ptr, if anywhere, (T, C) to be added to every T rows of the branch before.
     """
@@ -44,11 +46,12 @@ def _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, out_ptr, mean_ptr, 
     x = branch
     if not START:
         x += tl.load(x_ptr + i, mask=mask, other=0.0)
-    tl.store(out_ptr + i, x, mask=mask)
     mean = tl.sum(x, axis=1) / C
     centred = tl.where(mask, x - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + 1e-5)
-    tl.store(mean_ptr + row, mean, mask=row < n)
+    if out_ptr is not None:
+        tl.store(out_ptr + i, x, mask=mask)
+        tl.store(mean_ptr + row, mean, mask=row < n)
     tl.store(rstd_ptr + row, rstd, mask=row < n)
     return centred * rstd[:, None]
 
@@ -65,14 +68,17 @@ def _add_norm(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_
 
 
 @triton.jit(do_not_specialize=["site"])
-def _add_norm_mean(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr, T,
-                   C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The T rows of a sequence, of which the mean of y alone is kept."""
+def _add_norm_mean(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, bias_ptr, normal_ptr, y_ptr, rstd_ptr, T,
+                   C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                   STAGES: tl.constexpr):  # fmt: skip
+    """The T rows of a sequence: the mean of y, and for the way back y before its gain."""
     column, first = tl.arange(0, BLOCK), tl.program_id(0) * T
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, T, ROWS):
+    for start in tl.range(0, T, ROWS, num_stages=STAGES):
         row, n = first + start + tl.arange(0, ROWS), first + T
-        total += _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, out_ptr, mean_ptr, rstd_ptr, row, n, T, False, C, DROPOUT, ROWS, BLOCK)
+        normal = _normal(x_ptr, branch_ptr, seed_ptr, site, least, scale, None, None, rstd_ptr, row, n, T, False, C, DROPOUT, ROWS, BLOCK)
+        tl.store(normal_ptr + row[:, None].to(tl.int64) * C + column[None, :], normal, mask=(row[:, None] < n) & (column[None, :] < C))
+        total += normal
     y = tl.sum(total, axis=0) / T * tl.load(weight_ptr + column, mask=column < C, other=0.0)
     if BIAS:
         y += tl.load(bias_ptr + column, mask=column < C, other=0.0)
@@ -80,24 +86,41 @@ def _add_norm_mean(x_ptr, branch_ptr, seed_ptr, site, least, scale, weight_ptr, 
 
 
 @triton.jit(do_not_specialize=["site"])
-def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, seed_ptr, site, least, scale, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dweight_ptr,
-                       dbias_ptr, n, T, tiles, MEAN: tl.constexpr, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr,
-                       RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, y_ptr, seed_ptr, site, least, scale, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
+                       dweight_ptr, dbias_ptr, n, T, tiles, MEAN: tl.constexpr, C: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr,
+                       RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Each program takes `tiles` tiles of ROWS rows, so that the sums over rows for the gain and the bias stay in registers until its end, where it
     writes its own row of (programs, C) partial sums. Without a residual stream before the sum there is no dx to be written. With MEAN
-    dy is that of means over T rows of y."""
-    column = tl.arange(0, BLOCK)
-    weight, share = tl.load(weight_ptr + column, mask=column < C, other=0.0)[None, :], 1.0 / T
+    dy is that of means over T rows of y.
+
+    What y was before its gain comes from y, in half precision, which is half of the sum's bytes; from the sum and its mean where y is not given or a
+    gain is too small. Without the sum y is that itself."""
+    column, share = tl.arange(0, BLOCK), 1.0 / T
+    weight = tl.load(weight_ptr + column, mask=column < C, other=1.0)[None, :]
+    least_gain = tl.min(tl.abs(weight), axis=1)
     dweight, dbias = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in range(tiles):
+    for tile in tl.range(tiles, num_stages=STAGES):
         row = (tile * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
         i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
+        if y_ptr is not None:  # again, from the nearest cache, so that meanwhile other things have its registers
+            weight = tl.load(weight_ptr + column, mask=column < C, other=1.0)[None, :]
         if MEAN:
             dy = tl.load(dy_ptr + (row // T)[:, None].to(tl.int64) * C + column[None, :], mask=mask, other=0.0).to(tl.float32) * share
         else:
             dy = tl.load(dy_ptr + i, mask=mask, other=0.0).to(tl.float32)
-        mean, rstd = tl.load(mean_ptr + row, mask=row < n, other=0.0), tl.load(rstd_ptr + row, mask=row < n, other=0.0)
-        normal = tl.where(mask, (tl.load(out_ptr + i, mask=mask, other=0.0) - mean[:, None]) * rstd[:, None], 0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row < n, other=0.0)
+        if out_ptr is None:
+            normal = tl.load(y_ptr + i, mask=mask, other=0.0).to(tl.float32)
+        else:
+            known = row < n
+            if y_ptr is not None:
+                known = known & (least_gain < LEAST_GAIN)
+            mean = tl.load(mean_ptr + row, mask=known, other=0.0)
+            x = tl.load(out_ptr + i, mask=mask & known[:, None], other=0.0)
+            normal = tl.where(mask & known[:, None], (x - mean[:, None]) * rstd[:, None], 0.0)
+            if y_ptr is not None:  # not in a branch, so that all loads of a tile are under way at once
+                y = tl.load(y_ptr + i, mask=mask & (least_gain >= LEAST_GAIN)[:, None], other=0.0).to(tl.float32)
+                normal += y / tl.where((least_gain >= LEAST_GAIN)[:, None], weight, 1.0)
         dweight += dy * normal
         if BIAS:
             dbias += dy
@@ -159,21 +182,23 @@ def _like_add_norm(branch, dtype: torch.dtype):
     return branch.new_empty(branch.shape, dtype=torch.float32), branch.new_empty(branch.shape, dtype=dtype), statistics, torch.empty_like(statistics)
 
 
-def _add_norm_backward_into(dx, dbranch, dout, dy, out, seed, site: int, p: float, weight, bias: bool, mean, rstd):
+def _add_norm_backward_into(dx, dbranch, dout, dy, out, y, seed, site: int, p: float, weight, bias: bool, mean, rstd):
     """The gradients of x (unless None) and of the branch into dx and dbranch; returns those of weight and bias (empty if not `bias`).
 
-    dy is that of y or, with fewer rows, of its means over as many rows each.
+    dy is that of y or, with fewer rows, of its means over as many rows each. Without `out`, the sum, and its mean y is what it was before its gain.
     """
-    C = out.size(-1)
-    n, tile, T = out.numel() // C, tile_of(C, 1024), out.numel() // dy.numel()
-    alone = tile["BLOCK"] == 1024  # a row of one warp has sums without barriers; longer ones would not fit its registers
+    y = None if out is not None and (bias or y.dtype == torch.float32) else y  # of a y with a bias too little may be left without it
+    C = weight.size(0)
+    n, tile, T = dbranch.numel() // C, tile_of(C, 1024), dbranch.numel() // dy.numel()
+    # A row of one warp has sums without barriers, longer ones would not fit its registers; of shorter ones the next are on their way meanwhile.
+    warps, stages = (2, 2) if tile["BLOCK"] < 1024 else (1, 1) if tile["BLOCK"] == 1024 else (tile["num_warps"], 1)
+    tile |= {"num_warps": warps, "STAGES": stages}
     tiles = triton.cdiv(n, tile["ROWS"])
-    programs = min(tiles, (16 if alone else 8) * processors(out.device))  # about as many as run at once
-    tile["num_warps"] = 1 if alone else tile["num_warps"]
+    programs = min(tiles, (16 if warps == 1 else 8) * processors(dy.device))  # about as many as run at once
     dweight = weight.new_empty(programs, C)
     dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
     _add_norm_backward[(programs,)](
-        dout, dy, out, seed, site, threshold(p), 1 / (1 - p), weight, mean, rstd, dx, dbranch, dweight, dbias, n, T, triton.cdiv(tiles, programs),
+        dout, dy, out, y, seed, site, threshold(p), 1 / (1 - p), weight, mean, rstd, dx, dbranch, dweight, dbias, n, T, triton.cdiv(tiles, programs),
         MEAN=T > 1, DROPOUT=p > 0, BIAS=bias, RESIDUAL=dout is not None, **tile,
     )  # fmt: skip
     return _sum(dweight), _sum(dbias) if bias else dbias
@@ -196,17 +221,17 @@ add_norm.register_fake(lambda x, branch, seed, site, p, weight, bias: _like_add_
 
 @operator
 def add_norm_backward(
-    dout: torch.Tensor | None, dy: torch.Tensor, out: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: bool,
-    mean: torch.Tensor, rstd: torch.Tensor,
+    dout: torch.Tensor | None, dy: torch.Tensor, out: torch.Tensor, y: torch.Tensor, seed: torch.Tensor | None, site: int, p: float,
+    weight: torch.Tensor, bias: bool, mean: torch.Tensor, rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of x (float32), branch (dy's dtype), weight and bias (empty if not `bias`). dout is None where the sum goes nowhere else."""
     dy, dout = dy.contiguous(), dout if dout is None else dout.contiguous()
     dx, dbranch = torch.empty_like(out), torch.empty_like(dy)
-    return dx, dbranch, *_add_norm_backward_into(dx, dbranch, dout, dy, out, seed, site, p, weight, bias, mean, rstd)
+    return dx, dbranch, *_add_norm_backward_into(dx, dbranch, dout, dy, out, y, seed, site, p, weight, bias, mean, rstd)
 
 
 @add_norm_backward.register_fake
-def _(dout, dy, out, seed, site, p, weight, bias, mean, rstd):
+def _(dout, dy, out, y, seed, site, p, weight, bias, mean, rstd):
     form = {"memory_format": torch.contiguous_format}
     nothing = weight.new_empty(0)
     return torch.empty_like(out), torch.empty_like(dy, **form), torch.empty_like(weight), torch.empty_like(weight) if bias else nothing
@@ -216,66 +241,52 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, seed, site, p, weight, bias, last):
         out, y, mean, rstd = add_norm(x, branch, seed, site, p, weight, bias)
-        ctx.save_for_backward(out, seed, weight, mean, rstd)
+        ctx.save_for_backward(out, y, seed, weight, mean, rstd)
         ctx.dropout, ctx.bias, ctx.last = (site, p), bias is not None, last
         return out, y
 
     @staticmethod
     def backward(ctx, dout, dy):
-        out, seed, weight, mean, rstd = ctx.saved_tensors
-        dx, dbranch, dweight, dbias = add_norm_backward(None if ctx.last else dout, dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd)
+        out, y, seed, weight, mean, rstd = ctx.saved_tensors
+        dx, dbranch, dweight, dbias = add_norm_backward(None if ctx.last else dout, dy, out, y, seed, *ctx.dropout, weight, ctx.bias, mean, rstd)
         return dx, dbranch, None, None, None, dweight, dbias if ctx.bias else None, None
 
 
 @operator
 def add_norm_mean(
     x: torch.Tensor, branch: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`add_norm` of (B, T, C) whose LN is not kept, but its mean over T: (B, C) float32."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`add_norm` of (B, T, C) of whose LN the mean over T is kept, (B, C) float32, and for the way back what it was before its gain, in branch's
+    dtype, and 1 / std."""
     x, branch, (B, T, C) = x.contiguous(), branch.contiguous(), x.shape
-    out, y = torch.empty_like(x), torch.empty(B, C, dtype=torch.float32, device=x.device)
-    mean, rstd = (torch.empty(B * T, dtype=torch.float32, device=x.device) for _ in range(2))
-    _add_norm_mean[(B,)](
-        x,
-        branch,
-        seed,
-        site,
-        threshold(p),
-        1 / (1 - p),
-        weight,
-        bias,
-        out,
-        y,
-        mean,
-        rstd,
-        T,
-        DROPOUT=p > 0,
-        BIAS=bias is not None,
-        **tile_of(C, 2048),
-    )
-    return out, y, mean, rstd
+    normal, y = torch.empty_like(branch), torch.empty(B, C, dtype=torch.float32, device=x.device)
+    rstd = torch.empty(B * T, dtype=torch.float32, device=x.device)
+    given = x, branch, seed, site, threshold(p), 1 / (1 - p), weight, bias, normal, y, rstd, T
+    _add_norm_mean[(B,)](*given, DROPOUT=p > 0, BIAS=bias is not None, STAGES=3, **tile_of(C, 2048))
+    return y, normal, rstd
 
 
 @add_norm_mean.register_fake
 def _(x, branch, seed, site, p, weight, bias):
-    out, _, *statistics = _like_add_norm(branch, branch.dtype)
-    return out, x.new_empty(x.size(0), x.size(2), dtype=torch.float32), *statistics
+    B, T, C = x.shape
+    normal = torch.empty_like(branch, memory_format=torch.contiguous_format)
+    return x.new_empty(B, C, dtype=torch.float32), normal, x.new_empty(B * T, dtype=torch.float32)
 
 
 @operator
 def add_norm_mean_backward(
-    dy: torch.Tensor, out: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: bool, mean: torch.Tensor,
-    rstd: torch.Tensor, dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x (float32), branch (`dtype`), weight and bias (empty if not `bias`) from that of the means, (B, C); the sum goes nowhere else."""
-    dx, dbranch = torch.empty_like(out), torch.empty_like(out, dtype=dtype)
-    return dx, dbranch, *_add_norm_backward_into(dx, dbranch, None, dy.contiguous(), out, seed, site, p, weight, bias, mean, rstd)
+    dy: torch.Tensor, normal: torch.Tensor, seed: torch.Tensor | None, site: int, p: float, weight: torch.Tensor, bias: bool, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x (float32), branch (normal's dtype), weight and bias (empty if not `bias`) from that of the means, (B, C); the sum goes nowhere
+    else."""
+    dx, dbranch = torch.empty_like(normal, dtype=torch.float32), torch.empty_like(normal)
+    return dx, dbranch, *_add_norm_backward_into(dx, dbranch, None, dy.contiguous(), None, normal, seed, site, p, weight, bias, None, rstd)
 
 
 @add_norm_mean_backward.register_fake
-def _(dy, out, seed, site, p, weight, bias, mean, rstd, dtype):
-    nothing = weight.new_empty(0)
-    return torch.empty_like(out), torch.empty_like(out, dtype=dtype), torch.empty_like(weight), torch.empty_like(weight) if bias else nothing
+def _(dy, normal, seed, site, p, weight, bias, rstd):
+    dbias = torch.empty_like(weight) if bias else weight.new_empty(0)
+    return torch.empty_like(normal, dtype=torch.float32), torch.empty_like(normal), torch.empty_like(weight), dbias
 
 
 class AddNormMean(torch.autograd.Function):
@@ -283,15 +294,15 @@ class AddNormMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, branch, seed, site, p, weight, bias):
-        out, y, mean, rstd = add_norm_mean(x, branch, seed, site, p, weight, bias)
-        ctx.save_for_backward(out, seed, weight, mean, rstd)
-        ctx.dropout, ctx.bias, ctx.dtype = (site, p), bias is not None, branch.dtype
+        y, normal, rstd = add_norm_mean(x, branch, seed, site, p, weight, bias)
+        ctx.save_for_backward(normal, seed, weight, rstd)
+        ctx.dropout, ctx.bias = (site, p), bias is not None
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        out, seed, weight, mean, rstd = ctx.saved_tensors
-        dx, dbranch, dweight, dbias = add_norm_mean_backward(dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd, ctx.dtype)
+        normal, seed, weight, rstd = ctx.saved_tensors
+        dx, dbranch, dweight, dbias = add_norm_mean_backward(dy, normal, seed, *ctx.dropout, weight, ctx.bias, rstd)
         return dx, dbranch, None, None, None, dweight, dbias if ctx.bias else None
 
 
@@ -310,16 +321,16 @@ start_norm.register_fake(lambda x, positions, seed, site, p, weight, bias, dtype
 
 @operator
 def start_norm_backward(
-    dout: torch.Tensor, dy: torch.Tensor, out: torch.Tensor, seed: torch.Tensor, site: int, p: float, weight: torch.Tensor, bias: bool,
-    mean: torch.Tensor, rstd: torch.Tensor, dtype: torch.dtype,
+    dout: torch.Tensor, dy: torch.Tensor, out: torch.Tensor, y: torch.Tensor, seed: torch.Tensor, site: int, p: float, weight: torch.Tensor,
+    bias: bool, mean: torch.Tensor, rstd: torch.Tensor, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of x + positions (B, T, C) in `dtype`, weight and bias (empty if not `bias`)."""
     dx = torch.empty_like(out, dtype=dtype)
-    return dx, *_add_norm_backward_into(None, dx, dout.contiguous(), dy.contiguous(), out, seed, site, p, weight, bias, mean, rstd)
+    return dx, *_add_norm_backward_into(None, dx, dout.contiguous(), dy.contiguous(), out, y, seed, site, p, weight, bias, mean, rstd)
 
 
 @start_norm_backward.register_fake
-def _(dout, dy, out, seed, site, p, weight, bias, mean, rstd, dtype):
+def _(dout, dy, out, y, seed, site, p, weight, bias, mean, rstd, dtype):
     return torch.empty_like(out, dtype=dtype), torch.empty_like(weight), torch.empty_like(weight) if bias else weight.new_empty(0)
 
 
@@ -329,14 +340,14 @@ class StartNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, positions, seed, site, p, weight, bias, dtype):
         out, y, mean, rstd = start_norm(x, positions, seed, site, p, weight, bias, dtype)
-        ctx.save_for_backward(out, seed, weight, mean, rstd)
+        ctx.save_for_backward(out, y, seed, weight, mean, rstd)
         ctx.dropout, ctx.bias, ctx.positions, ctx.dtype = (site, p), bias is not None, positions is not None, x.dtype
         return out, y
 
     @staticmethod
     def backward(ctx, dout, dy):
-        out, seed, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = start_norm_backward(dout, dy, out, seed, *ctx.dropout, weight, ctx.bias, mean, rstd, ctx.dtype)
+        out, y, seed, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = start_norm_backward(dout, dy, out, y, seed, *ctx.dropout, weight, ctx.bias, mean, rstd, ctx.dtype)
         dpositions = dx.sum(dim=0, dtype=torch.float32) if ctx.positions else None
         return dx, dpositions, None, None, None, dweight, dbias if ctx.bias else None, None
 
@@ -361,10 +372,10 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     waves = (torch.arange(rows * columns, device=device).mul(0.7 + n).sin().view(rows, columns) for n, (rows, columns) in enumerate(SHAPES))
     a, weight, x, gain, seed = *waves, torch.linspace(0.5, 1.5, CHANNELS, device=device), torch.tensor([5], device=device)
     a, weight = a.to(dtype), (weight / 30).to(dtype)
-    right = 16 * weight.t().contiguous()
+    left, right = 16 * weight, 16 * weight.t().contiguous()
 
     def pairs():
-        alike = [(_product_of(a, right, most=2), a @ right)]
+        alike = [(_product_of(a, right, False, most=2), a @ right), (_product_of(a, left, True, most=2), a @ right)]
         for given, p in ((seed, 0.25), (None, 0.0)):
             ours, apart = _add_norm_of(a, weight, x, gain, given, 1, p, most=2), add_norm(x, a @ weight.t(), given, 1, p, gain, None)
             alike += zip(ours[:2], apart)
@@ -384,11 +395,11 @@ def _add_norm_of(a, weight, x, gain, seed, site: int, p: float, most: int = 0):
     return out, y, mean, rstd
 
 
-def _product_of(a, weight, most: int = 0):
+def _product_of(a, weight, transposed: bool, most: int = 0):
     from fused_norm_hopper import product
 
     y = a.new_empty(len(a), CHANNELS)
-    product(a.contiguous(), weight.contiguous(), y, most)
+    product(a.contiguous(), weight.contiguous(), y, transposed, most)
     return y
 
 
@@ -407,9 +418,9 @@ def _(a, weight, x, gain, seed, site, p):
 
 
 @operator
-def product_of(a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """a (N, K) times weight (K, 384) -> (N, 384), all of one dtype."""
-    return _product_of(a, weight)
+def product_of(a: torch.Tensor, weight: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """a (N, K) times weight (K, 384), or `transposed`, (384, K) -> (N, 384), all of one dtype."""
+    return _product_of(a, weight, transposed)
 
 
-product_of.register_fake(lambda a, weight: a.new_empty(len(a), CHANNELS))
+product_of.register_fake(lambda a, weight, transposed=False: a.new_empty(len(a), CHANNELS))

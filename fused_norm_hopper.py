@@ -309,19 +309,19 @@ def _product_add_norm(a, b, x, out, y, weight_ptr, seed_ptr, mean_ptr, rstd_ptr,
 
 
 @gluon.jit
-def _load_alone(a, b, slots, full, free, rows, inner):
+def _load_alone(a, b, slots, full, free, rows, inner, TRANSPOSED: gl.constexpr):
     step = 0
     for row in range(gl.program_id(0) * ROWS, rows, gl.num_programs(0) * ROWS):
-        _load_factors(a, b, slots, full, free, row, step, inner, False)
+        _load_factors(a, b, slots, full, free, row, step, inner, TRANSPOSED)
         step += gl.cdiv(inner, INNER)
 
 
 @gluon.jit
-def _alone(a, b, y, slots, places, full, free, rows, inner):
+def _alone(a, b, y, slots, places, full, free, rows, inner, TRANSPOSED: gl.constexpr):
     step = 0
     steps = gl.cdiv(inner, INNER)
     for row in range(gl.program_id(0) * ROWS, rows, gl.num_programs(0) * ROWS):
-        t0, t1, t2 = _multiply(a, b, slots, full, free, step, steps, False)
+        t0, t1, t2 = _multiply(a, b, slots, full, free, step, steps, TRANSPOSED)
         step += steps
         a0, b0, c0, d0 = _pieces(t0)
         a1, b1, c1, d1 = _pieces(t1)
@@ -332,10 +332,15 @@ def _alone(a, b, y, slots, places, full, free, rows, inner):
 
 
 @gluon.jit(do_not_specialize=["rows"])
-def _product_alone(a, b, y, rows, inner):
+def _product_alone(a, b, y, rows, inner, TRANSPOSED: gl.constexpr):
     slots, places, full, free = _shared(y)
     gl.warp_specialize(
-        [(_alone, (a, b, y, slots, places, full, free, rows, inner)), (_load_alone, (a, b, slots, full, free, rows, inner))], [1], [24]
+        [
+            (_alone, (a, b, y, slots, places, full, free, rows, inner, TRANSPOSED)),
+            (_load_alone, (a, b, slots, full, free, rows, inner, TRANSPOSED)),
+        ],
+        [1],
+        [24],
     )
 
 
@@ -364,7 +369,8 @@ def add_norm(a, b, x, weight, seed, site: int, least: int, scale: float, out, y,
     _product_add_norm[_grid(rows, a.device, most)](*tiles, *given, seed is not None, num_warps=8)
 
 
-def product(a, b, y, most: int = 0):
-    """Fills y (N, 384) with a b, a (N, K), b (K, 384)."""
+def product(a, b, y, transposed: bool, most: int = 0):
+    """Fills y (N, 384) with a b, a (N, K), b (K, 384) or, `transposed`, with a b^T, b (384, K)."""
     rows, inner = a.shape
-    _product_alone[_grid(rows, a.device, most)](_describe(a, INNER), _describe(b, THIRD, INNER), _describe(y, WIDTH), rows, inner, num_warps=8)
+    right = _describe(b, INNER, THIRD) if transposed else _describe(b, THIRD, INNER)
+    _product_alone[_grid(rows, a.device, most)](_describe(a, INNER), right, _describe(y, WIDTH), rows, inner, transposed, num_warps=8)

@@ -19,6 +19,7 @@ import operators  # noqa: E402
 from model import GPT, GPTConfig, ViT, ViTConfig, attention_matrix, attention_reference  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
+HALF, ROUNDING = (torch.bfloat16, 2**-8) if CUDA else (torch.float16, 2**-10)  # the interpreter truncates to bfloat16, a GPU rounds
 ARMS = [
     {},
     {"diffusion": True},
@@ -33,6 +34,20 @@ def close(ours, reference, relative: float, absolute: float = 0.0):
     assert (error <= relative * reference.double().abs() + absolute).all(), float(error.max())
 
 
+def normalised(x, dim=-1):
+    """(..., C) float64 with mean 0 and variance 1, and 1 / std."""
+    rstd = (x.var(dim=dim, unbiased=False, keepdim=True) + 1e-5).rsqrt()
+    return (x - x.mean(dim=dim, keepdim=True)) * rstd, rstd
+
+
+def through_rounding(dy, gain, x):
+    """Bounds of the errors of LN's gradients, of its gain (C,) and of x (..., C), where the normalised x was rounded to HALF, from dy, that of LN."""
+    normal, rstd = normalised(x)
+    error, g = ROUNDING * normal.abs() + 4e-5, dy * gain  # the smallest numbers of float16 are steps of 6e-8, and the least gain 1 / 1024
+    mean, doubt = (g * normal).mean(dim=-1, keepdim=True).abs(), (g.abs() * error).mean(dim=-1, keepdim=True)
+    return (dy.abs() * error).flatten(0, -2).sum(dim=0), rstd * (error * mean + normal.abs() * doubt + error * doubt)
+
+
 def test_gelu_and_its_derivative():
     x = torch.cat((torch.linspace(-12, 12, 5001), torch.tensor([0.0, 1e-30, -100.0, 1e4]))).to(DEVICE).requires_grad_()
     y = fused_products.gelu(x)
@@ -41,9 +56,8 @@ def test_gelu_and_its_derivative():
     F.gelu(exact).sum().backward()
     close(y, F.gelu(exact), 2e-6, 1e-6)
     close(x.grad, exact.grad, 2e-6, 2e-6)
-    dtype, rounding = (torch.bfloat16, 2**-8) if CUDA else (torch.float16, 2**-10)  # the interpreter truncates to bfloat16, a GPU rounds
-    half = x.detach().to(dtype)
-    close(fused_products.gelu(half), F.gelu(half.double()), rounding, 1e-6)
+    half = x.detach().to(HALF)
+    close(fused_products.gelu(half), F.gelu(half.double()), ROUNDING, 1e-6)
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 96), (2, 384), (37, 768), (3, 1100)])
@@ -68,12 +82,44 @@ def test_residual_dropout_and_layer_norm(shape, bias, p, last):
         close(ours, theirs, 2e-6, 2e-6 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("N, C", [(7, 24), (37, 768), (130, 384), (3, 1100)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("gains, from_y", [("ordinary", True), ("with a 0", False), ("with a bias", False)])
+def test_what_the_gradient_of_layer_norm_is_made_from(N, C, p, gains, from_y):
+    """Of a result in half precision, to its rounding, and the sum is not read; of the sum, exactly, where gains cannot be divided by."""
+    torch.manual_seed(0)
+    x, branch, dout = torch.randn(N, C, device=DEVICE), torch.randn(N, C, device=DEVICE).to(HALF), torch.randn(N, C, device=DEVICE)
+    gain = (0.01 + torch.rand(C, device=DEVICE)) * torch.randn(C, device=DEVICE).sign()
+    dy, bias, site = torch.randn(N, C, device=DEVICE).to(HALF), gains == "with a bias", 3
+    if gains == "with a 0":
+        gain[C // 2] = 0.0
+    seed = torch.randint(2**62, (1,), device=DEVICE) if p else None
+    kept = dropout.kept(seed, site, p, N, C) if p else torch.ones(N, C, dtype=torch.bool, device=DEVICE)
+    out, y, mean, rstd = fused_norm.add_norm(x, branch, seed, site, p, gain, gain.clone() if bias else None)
+    exact, weight = out.double().requires_grad_(), gain.double().requires_grad_()
+    F.layer_norm(exact, (C,), weight, None, 1e-5).backward(dy.double())
+    dgain, dsum = through_rounding(dy.double(), gain.double(), exact.detach()) if from_y else (0.0, 0.0)
+
+    def gradients(out, y):
+        return fused_norm.add_norm_backward(dout, dy, out, y, seed, site, p, gain, bias, mean, rstd)
+
+    dx, dbranch, dweight, _ = gradients(out, y)
+    whole = exact.grad + dout.double()
+    assert ((dx - whole).abs() <= 4e-6 * whole.abs().max() + dsum).all()
+    assert ((dweight - weight.grad).abs() <= 4e-6 * weight.grad.abs().max() + dgain).all()
+    close(dbranch, dx.double() * kept / (1 - p), ROUNDING, 1e-6)
+    unread = gradients(torch.full_like(out, float("nan")), y) if from_y else gradients(out, torch.full_like(y, float("nan")))
+    assert all(torch.equal(one, other) for one, other in zip(unread, gradients(out, y)))
+
+
 @pytest.mark.parametrize("B, T, C", [(3, 5, 24), (2, 7, 96), (1, 1, 40), (2, 17, 384)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_the_mean_of_the_last_layer_norm(B, T, C, bias, p):
+@pytest.mark.parametrize("half", [False, True])
+def test_the_mean_of_the_last_layer_norm(B, T, C, bias, p, half):
     torch.manual_seed(0)
-    x, branch = (torch.randn(B, T, C, device=DEVICE, requires_grad=True) for _ in range(2))
+    x, branch = torch.randn(B, T, C, device=DEVICE, requires_grad=True), torch.randn(B, T, C, device=DEVICE)
+    branch = branch.to(HALF if half else torch.float32).requires_grad_()
     weight, offset, direction = torch.randn(C, device=DEVICE), torch.randn(C, device=DEVICE), torch.randn(B, C, device=DEVICE)
     seed = torch.randint(2**62, (1,), device=DEVICE) if p else None
     leaves = x, branch, weight.requires_grad_(), *((offset.requires_grad_(),) if bias else ())
@@ -83,8 +129,15 @@ def test_the_mean_of_the_last_layer_norm(B, T, C, bias, p):
     reference = F.layer_norm(exact[0] + dropped, (C,), exact[2], exact[3] if bias else None, 1e-5).mean(dim=1)
     assert y.dtype == torch.float32
     close(y, reference, 2e-6, 2e-6)
-    for ours, theirs in zip(torch.autograd.grad(y, leaves, direction), torch.autograd.grad(reference, exact, direction.double())):
-        close(ours, theirs, 2e-6, 2e-6 * float(theirs.abs().max()))
+    pairs = list(zip(torch.autograd.grad(y, leaves, direction), torch.autograd.grad(reference, exact, direction.double())))
+    if not half:
+        for ours, theirs in pairs:
+            close(ours, theirs, 2e-6, 2e-6 * float(theirs.abs().max()))
+        return
+    dgain, dsum = through_rounding(direction.double()[:, None] / T, weight.detach().double(), (exact[0] + dropped).detach())
+    for (ours, theirs), bound in zip(pairs, (dsum, dsum / (1 - p), dgain, 0.0)):
+        rounded = ROUNDING * theirs.abs() + 1e-7 if ours.dtype == HALF else 0.0  # the branch's
+        assert ((ours - theirs).abs() <= 2e-6 * theirs.abs().max() + bound + rounded).all()
 
 
 @pytest.mark.parametrize("B, T, C", [(3, 5, 24), (2, 7, 96), (4, 16, 384)])
@@ -94,27 +147,27 @@ def test_the_mean_of_the_last_layer_norm(B, T, C, bias, p):
 def test_embeddings_positions_dropout_and_layer_norm(B, T, C, bias, p, placed):
     """What comes in half precision gets its gradient in it; the stream and the positions' gradient are in float32."""
     torch.manual_seed(0)
-    half, rounding = (torch.bfloat16, 2**-8) if CUDA else (torch.float16, 2**-10)  # the interpreter truncates to bfloat16, a GPU rounds
-    x = torch.randn(B, T, C, device=DEVICE).to(half).requires_grad_()
+    x = torch.randn(B, T, C, device=DEVICE).to(HALF).requires_grad_()
     positions, weight, offset = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((T, C), (C,), (C,)))
     seed, directions = torch.randint(2**62, (1,), device=DEVICE), torch.randn(2, B, T, C, device=DEVICE)
     kept = dropout.kept(seed, 3, p, B * T, C).view(B, T, C)
-    out, y = fused_norm.StartNorm.apply(x, positions if placed else None, seed, 3, p, weight, offset if bias else None, half)
-    assert (out.dtype, y.dtype) == (torch.float32, half)
+    out, y = fused_norm.StartNorm.apply(x, positions if placed else None, seed, 3, p, weight, offset if bias else None, HALF)
+    assert (out.dtype, y.dtype) == (torch.float32, HALF)
     ((out * directions[0]).sum() + (y.float() * directions[1]).sum()).backward()
     x64, positions64, weight64, offset64 = (t.detach().double().requires_grad_() for t in (x, positions, weight, offset))
     out64 = (x64 + positions64 if placed else x64) * kept / (1 - p)
     y64 = F.layer_norm(out64, (C,), weight64, offset64 if bias else None, 1e-5)
-    dy = directions[1].to(half).double()  # as it arrives
+    dy = directions[1].to(HALF).double()  # as it arrives
     ((out64 * directions[0]).sum() + (y64 * dy).sum()).backward()
     close(out, out64, 2e-6, 1e-6)
-    close(y, y64, rounding, 1e-5)
-    close(x.grad, x64.grad, rounding, 1e-4)
-    for ours, theirs in ((weight, weight64), *(((offset, offset64),) if bias else ())):
-        close(ours.grad, theirs.grad, 2e-6, 4e-6 * float(theirs.grad.abs().max()))
+    close(y, y64, ROUNDING, 1e-5)
+    dgain, dsum = (0.0, 0.0) if bias else through_rounding(dy, weight64.detach(), out64.detach())
+    assert ((x.grad - x64.grad).abs() <= ROUNDING * x64.grad.abs() + 1e-6 + dsum * kept / (1 - p)).all()
+    for ours, theirs, bound in ((weight, weight64, dgain), *(((offset, offset64, 0.0),) if bias else ())):
+        assert ((ours.grad - theirs.grad).abs() <= 4e-6 * theirs.grad.abs().max() + bound).all()
     if placed:
         assert torch.equal(positions.grad, x.grad.float().sum(dim=0))
-        close(positions.grad, positions64.grad, 0, B * rounding * float(x64.grad.abs().max()))
+        close(positions.grad, positions64.grad, 0, B * ROUNDING * float(x64.grad.abs().max()))
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -410,16 +463,17 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides():
     torch.library.opcheck(fused_norm.add_norm, (rows, rows.clone(), seed, 3, 0.2, gain, gain.clone()), test_utils=checks)
     statistics = torch.randn(6, device=DEVICE)
     for dout, bias in ((None, True), (rows.clone(), False)):
-        arguments = (dout, rows.clone(), rows, seed, 3, 0.2, gain, bias, statistics, statistics.clone())
+        arguments = (dout, rows.clone(), rows, rows.clone(), seed, 3, 0.2, gain, bias, statistics, statistics.clone())
         torch.library.opcheck(fused_norm.add_norm_backward, arguments, test_utils=checks)
     stream, half = torch.randn(2, 3, 4, device=DEVICE), torch.float16
     for drop, bias in (((seed, 3, 0.2), None), ((None, 0, 0.0), gain.clone())):
         torch.library.opcheck(fused_norm.add_norm_mean, (stream, stream.to(half), *drop, gain, bias), test_utils=checks)
-        arguments = (rows[:2].clone(), stream, *drop, gain, bias is not None, statistics, statistics.clone(), half)
+        arguments = (rows[:2].clone(), stream.to(half), *drop, gain, bias is not None, statistics)
         torch.library.opcheck(fused_norm.add_norm_mean_backward, arguments, test_utils=checks)
     for positions, bias in ((torch.randn(3, 4, device=DEVICE), None), (None, gain.clone())):
         torch.library.opcheck(fused_norm.start_norm, (stream.to(half), positions, seed, 3, 0.2, gain, bias, half), test_utils=checks)
-        arguments = (stream.clone(), stream.to(half), stream, seed, 3, 0.2, gain, bias is not None, statistics, statistics.clone(), half)
+        y = stream.to(half)
+        arguments = (stream.clone(), y, stream, y.clone(), seed, 3, 0.2, gain, bias is not None, statistics, statistics.clone(), half)
         torch.library.opcheck(fused_norm.start_norm_backward, arguments, test_utils=checks)
 
 

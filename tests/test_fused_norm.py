@@ -55,13 +55,18 @@ def test_addition_and_norm_inside(N, K, p, dtype, rounding):
 @needs_hopper
 @dtypes
 @shapes
-def test_product_without_such_an_end(N, K, dtype, rounding):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product_without_such_an_end(N, K, transposed, dtype, rounding):
     a, weight, *_ = draw(N, K, dtype, 0.0)
-    weight = weight.t().contiguous()
-    ours = fused_norm.product_of(a, weight)
+    given = weight if transposed else weight.t().contiguous()
+    ours = fused_norm.product_of(a, given, transposed)
     assert ours.shape == (N, C) and ours.dtype == dtype
-    close(ours, a.double() @ weight.double(), rounding, 2e-5)
-    assert torch.equal(ours, fused_norm.product_of(a, weight))
+    close(ours, a.double() @ weight.double().t(), rounding, 2e-5)
+    assert torch.equal(ours, fused_norm.product_of(a, given, transposed))
+
+
+def product_of(a, weight, transposed=False):
+    return a @ (weight.t() if transposed else weight)
 
 
 def add_norm_of(a, weight, x, gain, seed, site, p):
@@ -77,7 +82,7 @@ def linear_gelu(x, weight, keep):
 @pytest.fixture
 def plain(monkeypatch):
     monkeypatch.setattr(fused, "add_norm_of", add_norm_of)
-    monkeypatch.setattr(fused, "product_of", torch.matmul)
+    monkeypatch.setattr(fused, "product_of", product_of)
     monkeypatch.setattr(fused, "linear_gelu", linear_gelu)
     monkeypatch.setattr(fused, "linear_gelu_backward", lambda dy, weight, kept: (dy @ weight) * kept)
 
@@ -212,7 +217,7 @@ def test_kernels_that_fail_or_are_wrong_are_not_used(monkeypatch, capsys, capabi
 
         return call
 
-    for name, function in {"_add_norm_of": add_norm_of, "_product_of": torch.matmul}.items():
+    for name, function in {"_add_norm_of": add_norm_of, "_product_of": product_of}.items():
         monkeypatch.setattr(fused_norm, name, spoiled(function) if name == which else spoiled(function, 1))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert fused_norm._works.__wrapped__(torch.device(DEVICE), torch.bfloat16) is expected
@@ -226,4 +231,5 @@ def test_the_compiler_is_told_the_truth_about_shapes_and_strides(p):
     a, weight, x, gain, seed, _ = draw(24, 40, torch.bfloat16, p)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(fused_norm.add_norm_of, (a, weight, x, gain, seed, 1, p), test_utils=checks)
-    torch.library.opcheck(fused_norm.product_of, (a, weight.t().contiguous()), test_utils=checks)
+    for given in ((weight.t().contiguous(),), (weight, True)):
+        torch.library.opcheck(fused_norm.product_of, (a, *given), test_utils=checks)
