@@ -120,8 +120,8 @@ def _queries(qkv_ptr, dout_ptr, sequence, head, i, T, H, lam, FIRST: tl.constexp
 @triton.jit(do_not_specialize=["site"])
 def _attend_whole_backward(qkv_ptr, seed_ptr, site, least, dout_ptr, lse_ptr, dqkv_ptr, n, T, H, alpha, lam, factor, scale, FIRST: tl.constexpr,
                            CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """dq, dk and dv where one block holds a sequence, for some of the n heads of all sequences, of which the next are on their way meanwhile. What
-    delta = dy y is comes from the rows of A: no y is read."""
+    """dq, dk and dv where one block holds a sequence, for some of the n heads of all sequences; with more stages than one the next are on their way
+    meanwhile. What delta = dy y is comes from the rows of A: no y is read."""
     i, e, width = tl.arange(0, BLOCK), tl.arange(0, D), H * D
     for turn in range(tl.cdiv(n - tl.program_id(0), tl.num_programs(0))):
         which = tl.program_id(0) + turn * tl.num_programs(0)

@@ -2,9 +2,9 @@
 before them.
 
 A branch of a transformer ends in a linear layer, whose result these passes read from memory again. For rows of 384 channels it stays where it is,
-inside the product (fused_norm_hopper.py). The way back has its passes, after products of the same kind without such an end: for 384 columns they are
-faster than cuBLAS's. Times, and the way back inside, which was not faster, in LOG.md. Sums are in float32, the stream too; tests/test_fused.py and
-tests/test_fused_norm.py compare with float64.
+inside the product (fused_norm_hopper.py). The way back has its passes, after products of the same kind without such an end, in which the last branch
+ends, too: for 384 columns they are faster than cuBLAS's. Times, and the way back inside, which was not faster, in LOG.md. Sums are in float32, and so
+is the stream; tests/test_fused.py and tests/test_fused_norm.py compare with float64.
 """
 
 import functools
@@ -93,8 +93,8 @@ def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, y_ptr, seed_ptr, site, least, 
     writes its own row of (programs, C) partial sums. Without a residual stream before the sum there is no dx to be written. With MEAN
     dy is that of means over T rows of y.
 
-    What y was before its gain comes from y, in half precision, which is half of the sum's bytes; from the sum and its mean where y is not given or a
-    gain is too small. Without the sum y is that itself."""
+    The normalised rows are y, in half precision, over its gain, which is half of the sum's bytes; they come from the sum and its mean where y is not
+    given or a gain is too small. Without a sum y has no gain, and is what they are."""
     column, share = tl.arange(0, BLOCK), 1.0 / T
     weight = tl.load(weight_ptr + column, mask=column < C, other=1.0)[None, :]
     least_gain = tl.min(tl.abs(weight), axis=1)
@@ -102,7 +102,7 @@ def _add_norm_backward(dout_ptr, dy_ptr, out_ptr, y_ptr, seed_ptr, site, least, 
     for tile in tl.range(tiles, num_stages=STAGES):
         row = (tile * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
         i, mask = row[:, None].to(tl.int64) * C + column[None, :], (row[:, None] < n) & (column[None, :] < C)
-        if y_ptr is not None:  # again, from the nearest cache, so that meanwhile other things have its registers
+        if y_ptr is not None:  # again, from what is near, so that meanwhile other things have its registers
             weight = tl.load(weight_ptr + column, mask=column < C, other=1.0)[None, :]
         if MEAN:
             dy = tl.load(dy_ptr + (row // T)[:, None].to(tl.int64) * C + column[None, :], mask=mask, other=0.0).to(tl.float32) * share
@@ -187,14 +187,13 @@ def _add_norm_backward_into(dx, dbranch, dout, dy, out, y, seed, site: int, p: f
 
     dy is that of y or, with fewer rows, of its means over as many rows each. Without `out`, the sum, and its mean y is what it was before its gain.
     """
-    y = None if out is not None and (bias or y.dtype == torch.float32) else y  # of a y with a bias too little may be left without it
     C = weight.size(0)
     n, tile, T = dbranch.numel() // C, tile_of(C, 1024), dbranch.numel() // dy.numel()
     # A row of one warp has sums without barriers, longer ones would not fit its registers; of shorter ones the next are on their way meanwhile.
     warps, stages = (2, 2) if tile["BLOCK"] < 1024 else (1, 1) if tile["BLOCK"] == 1024 else (tile["num_warps"], 1)
     tile |= {"num_warps": warps, "STAGES": stages}
     tiles = triton.cdiv(n, tile["ROWS"])
-    programs = min(tiles, (16 if warps == 1 else 8) * processors(dy.device))  # about as many as run at once
+    programs = min(tiles, (16 if warps == 1 else 8) * processors(dy.device))  # about as many as an A100 or H100 has room for
     dweight = weight.new_empty(programs, C)
     dbias = torch.empty_like(dweight) if bias else weight.new_empty(0)
     _add_norm_backward[(programs,)](
@@ -221,10 +220,13 @@ add_norm.register_fake(lambda x, branch, seed, site, p, weight, bias: _like_add_
 
 @operator
 def add_norm_backward(
-    dout: torch.Tensor | None, dy: torch.Tensor, out: torch.Tensor, y: torch.Tensor, seed: torch.Tensor | None, site: int, p: float,
+    dout: torch.Tensor | None, dy: torch.Tensor, out: torch.Tensor, y: torch.Tensor | None, seed: torch.Tensor | None, site: int, p: float,
     weight: torch.Tensor, bias: bool, mean: torch.Tensor, rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x (float32), branch (dy's dtype), weight and bias (empty if not `bias`). dout is None where the sum goes nowhere else."""
+    """Gradients of x (float32), branch (dy's dtype), weight and bias (empty if not `bias`). dout is None where the sum goes nowhere else.
+
+    Of `add_norm`'s results y is LN, from `serves`; with it `out` is read only where a gain is too small.
+    """
     dy, dout = dy.contiguous(), dout if dout is None else dout.contiguous()
     dx, dbranch = torch.empty_like(out), torch.empty_like(dy)
     return dx, dbranch, *_add_norm_backward_into(dx, dbranch, dout, dy, out, y, seed, site, p, weight, bias, mean, rstd)
@@ -237,11 +239,16 @@ def _(dout, dy, out, y, seed, site, p, weight, bias, mean, rstd):
     return torch.empty_like(out), torch.empty_like(dy, **form), torch.empty_like(weight), torch.empty_like(weight) if bias else nothing
 
 
+def serves(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """y, for the way back, if that is to be made from it: in half precision, without a bias, beside which too little of the rest may be left."""
+    return y if bias is None and y.dtype != torch.float32 else None
+
+
 class AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, seed, site, p, weight, bias, last):
         out, y, mean, rstd = add_norm(x, branch, seed, site, p, weight, bias)
-        ctx.save_for_backward(out, y, seed, weight, mean, rstd)
+        ctx.save_for_backward(out, serves(y, bias), seed, weight, mean, rstd)
         ctx.dropout, ctx.bias, ctx.last = (site, p), bias is not None, last
         return out, y
 
@@ -262,7 +269,7 @@ def add_norm_mean(
     normal, y = torch.empty_like(branch), torch.empty(B, C, dtype=torch.float32, device=x.device)
     rstd = torch.empty(B * T, dtype=torch.float32, device=x.device)
     given = x, branch, seed, site, threshold(p), 1 / (1 - p), weight, bias, normal, y, rstd, T
-    _add_norm_mean[(B,)](*given, DROPOUT=p > 0, BIAS=bias is not None, STAGES=3, **tile_of(C, 2048))
+    _add_norm_mean[(B,)](*given, DROPOUT=p > 0, BIAS=bias is not None, STAGES=3 if C <= 2048 else 1, **tile_of(C, 2048))
     return y, normal, rstd
 
 
@@ -321,10 +328,10 @@ start_norm.register_fake(lambda x, positions, seed, site, p, weight, bias, dtype
 
 @operator
 def start_norm_backward(
-    dout: torch.Tensor, dy: torch.Tensor, out: torch.Tensor, y: torch.Tensor, seed: torch.Tensor, site: int, p: float, weight: torch.Tensor,
+    dout: torch.Tensor, dy: torch.Tensor, out: torch.Tensor, y: torch.Tensor | None, seed: torch.Tensor, site: int, p: float, weight: torch.Tensor,
     bias: bool, mean: torch.Tensor, rstd: torch.Tensor, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x + positions (B, T, C) in `dtype`, weight and bias (empty if not `bias`)."""
+    """Gradients of x + positions (B, T, C) in `dtype`, weight and bias (empty if not `bias`); y as in `add_norm_backward`."""
     dx = torch.empty_like(out, dtype=dtype)
     return dx, *_add_norm_backward_into(None, dx, dout.contiguous(), dy.contiguous(), out, y, seed, site, p, weight, bias, mean, rstd)
 
@@ -340,7 +347,7 @@ class StartNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, positions, seed, site, p, weight, bias, dtype):
         out, y, mean, rstd = start_norm(x, positions, seed, site, p, weight, bias, dtype)
-        ctx.save_for_backward(out, y, seed, weight, mean, rstd)
+        ctx.save_for_backward(out, serves(y, bias), seed, weight, mean, rstd)
         ctx.dropout, ctx.bias, ctx.positions, ctx.dtype = (site, p), bias is not None, positions is not None, x.dtype
         return out, y
 

@@ -35,12 +35,21 @@ def exactly(qkv, kept, factor, H, alpha, lam, heads, causal):
 
 
 @pytest.mark.parametrize(
-    "T, d", [(1, 16), (5, 16), (64, 64), (70, 32), (129, 128), (256, 64)] if CUDA else [(1, 16), (5, 16), (64, 64), (70, 16), (130, 32)]
+    "T, d",
+    [(1, 16), (5, 16), (40, 128), (64, 64), (70, 32), (129, 128), (256, 64)] if CUDA else [(1, 16), (5, 16), (9, 128), (64, 64), (70, 16), (130, 32)],
 )
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("heads, alpha, lam", [(0, 1.0, 1.0), (3, 1.0, 1.0), (2, 0.5, 1.5), (2, 1.0, 0.0)])
-def test_values_and_gradients_are_those_of_the_stored_matrix(T, d, causal, p, heads, alpha, lam):
+@pytest.mark.parametrize("ahead", [True, False])
+def test_values_and_gradients_are_those_of_the_stored_matrix(monkeypatch, T, d, causal, p, heads, alpha, lam, ahead):
+    """The way back of one block by programs of three heads each, which load ahead, and by one of its own for each, as where there is no room."""
+    if ahead:
+        monkeypatch.setattr(fused_attention, "processors", lambda device: 1)
+    elif T > 64 or d > 64:
+        pytest.skip("there is no loading ahead")
+    else:
+        monkeypatch.setattr(fused_attention, "_ahead", lambda device, d: False)
     torch.manual_seed(T)
     B, H = 2, 3
     dtype = torch.bfloat16 if CUDA else torch.float32  # the interpreter truncates to bfloat16; here its arithmetic is checked, on a GPU the rounding

@@ -108,9 +108,10 @@ def test_joined_blocks_are_the_same_network(request, monkeypatch, make, changes,
     inputs, targets = inputs.to(DEVICE), torch.randint(5, (3, 16) if make is gpt else (3,), device=DEVICE)
     fused.accelerate(network, dtype)
     assert network.joins is on_gpu
-    calls, losses, gradients = [], [], []
-    kept = fused.add_norm_of
+    calls, ends, losses, gradients = [], [], [], []
+    kept, product = fused.add_norm_of, fused.product_of
     monkeypatch.setattr(fused, "add_norm_of", lambda *given: calls.append(1) or kept(*given))
+    monkeypatch.setattr(fused, "product_of", lambda *given: ends.extend(given[2:]) or product(*given))
     for joins in (True, False):
         network.joins = joins
         network.zero_grad()
@@ -120,7 +121,7 @@ def test_joined_blocks_are_the_same_network(request, monkeypatch, make, changes,
         loss.backward()
         losses.append(loss.item())
         gradients.append([parameter.grad.clone() for parameter in network.parameters()])
-    assert len(calls) == 2 * len(network.transformer.h) - 1
+    assert len(calls) == 2 * len(network.transformer.h) - 1 and ends == [True], "the last block's end is a product without LayerNorm"
     tolerance = 2**-6 if on_gpu else 1e-5
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
     for ours, other in zip(*gradients):
@@ -204,21 +205,24 @@ def test_blocks_called_by_themselves_are_compiled_once_for_all_layers():
     "capability, wrong, expected, note",
     [((9, 0), 1, True, None), ((8, 0), 1, False, None), ((9, 0), 1.1, False, "its results are wrong"), ((9, 0), "no", False, "new Gluon")],
 )
-@pytest.mark.parametrize("which", ["_add_norm_of", "_product_of"])
+@pytest.mark.parametrize("which", ["_add_norm_of", "_product_of", "_product_of, transposed"])
 def test_kernels_that_fail_or_are_wrong_are_not_used(monkeypatch, capsys, capability, wrong, expected, note, which):
     """A Hopper GPU is pretended, on which the kernels are right, wrong, or not compiled."""
 
-    def spoiled(function, wrong=wrong):
+    def spoiled(function, wrong, transposed=None):
         def call(*given, most):
-            if wrong == "no":
+            if wrong == "no" and transposed in (None, given[2]):
                 raise RuntimeError("new Gluon")
             results = function(*given)
-            return (results[0], results[1] * wrong, *results[2:]) if isinstance(results, tuple) else results * wrong
+            if isinstance(results, tuple):
+                return results[0], results[1] * wrong, *results[2:]
+            return results * wrong if transposed == given[2] else results
 
         return call
 
     for name, function in {"_add_norm_of": add_norm_of, "_product_of": product_of}.items():
-        monkeypatch.setattr(fused_norm, name, spoiled(function) if name == which else spoiled(function, 1))
+        factor = wrong if which.startswith(name) else 1
+        monkeypatch.setattr(fused_norm, name, spoiled(function, factor, "transposed" in which if name == "_product_of" else None))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert fused_norm._works.__wrapped__(torch.device(DEVICE), torch.bfloat16) is expected
     out = capsys.readouterr().out
