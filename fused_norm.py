@@ -189,7 +189,8 @@ def _add_norm_backward_into(dx, dbranch, dout, dy, out, y, seed, site: int, p: f
     """
     C = weight.size(0)
     n, tile, T = dbranch.numel() // C, tile_of(C, 1024), dbranch.numel() // dy.numel()
-    # A row of one warp has sums without barriers, longer ones would not fit its registers; of shorter ones the next are on their way meanwhile.
+    # A row of one warp has sums without barriers, longer ones would not fit its registers; shorter ones come by asynchronous copies (two stages), all
+    # of a tile's at once, since they wait in shared memory.
     warps, stages = (2, 2) if tile["BLOCK"] < 1024 else (1, 1) if tile["BLOCK"] == 1024 else (tile["num_warps"], 1)
     tile |= {"num_warps": warps, "STAGES": stages}
     tiles = triton.cdiv(n, tile["ROWS"])

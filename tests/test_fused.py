@@ -82,7 +82,7 @@ def test_residual_dropout_and_layer_norm(shape, bias, p, last):
         close(ours, theirs, 2e-6, 2e-6 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("N, C", [(7, 24), (37, 768), (130, 384), (3, 1100)])
+@pytest.mark.parametrize("N, C", [(7, 24), (37, 768), (130, 384), (3, 1100)] + ([(32768, 384), (16384, 768)] if CUDA else []))
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(
     "gains, from_y",
@@ -99,7 +99,8 @@ def test_residual_dropout_and_layer_norm(shape, bias, p, last):
 def test_what_the_gradient_of_layer_norm_is_made_from(monkeypatch, N, C, p, gains, from_y):
     """Of a result in half precision, to its rounding, and the sum counts for nothing; of the sum, exactly, where a gain cannot be divided by. A
     program takes several tiles, one of which is not whole."""
-    monkeypatch.setattr(fused_norm, "processors", lambda device: 1)
+    if N < 1000:
+        monkeypatch.setattr(fused_norm, "processors", lambda device: 1)
     torch.manual_seed(0)
     x, branch, dout = torch.randn(N, C, device=DEVICE), torch.randn(N, C, device=DEVICE).to(HALF), torch.randn(N, C, device=DEVICE)
     gain = (0.01 + torch.rand(C, device=DEVICE)) * torch.randn(C, device=DEVICE).sign()
@@ -128,7 +129,7 @@ def test_what_the_gradient_of_layer_norm_is_made_from(monkeypatch, N, C, p, gain
         assert torch.equal(dx, other[0]) and torch.equal(dbranch, other[1]) and torch.equal(dweight, other[2])
 
 
-@pytest.mark.parametrize("B, T, C", [(3, 5, 24), (2, 7, 96), (1, 1, 40), (2, 17, 384)])
+@pytest.mark.parametrize("B, T, C", [(3, 5, 24), (2, 7, 96), (1, 1, 40), (2, 17, 384)] + ([(512, 64, 384)] if CUDA else []))
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("half", [False, True])
