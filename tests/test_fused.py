@@ -34,10 +34,10 @@ def close(ours, reference, relative: float, absolute: float = 0.0):
     assert (error <= relative * reference.double().abs() + absolute).all(), float(error.max())
 
 
-def normalised(x, dim=-1):
-    """(..., C) float64 with mean 0 and variance 1, and 1 / std."""
-    rstd = (x.var(dim=dim, unbiased=False, keepdim=True) + 1e-5).rsqrt()
-    return (x - x.mean(dim=dim, keepdim=True)) * rstd, rstd
+def normalised(x):
+    """(..., C) with mean 0 and variance 1 in each row, and 1 / std (..., 1)."""
+    rstd = (x.var(dim=-1, unbiased=False, keepdim=True) + 1e-5).rsqrt()
+    return (x - x.mean(dim=-1, keepdim=True)) * rstd, rstd
 
 
 def through_rounding(dy, gain, x):
