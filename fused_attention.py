@@ -275,9 +275,9 @@ def _backward(dout, qkv, y, lse, seed, site: int, p: float, n_head: int, alpha: 
     dqkv, drop = torch.empty_like(qkv), (seed, site, threshold(p))
     fewer = {"maxnreg": 168} if form["D"] <= 64 else {}  # three programs on a multiprocessor; with dropout it would take registers until two fit
     if _whole(T):
-        programs, form = grid, form | fewer | {"num_stages": 1}
-        if _ahead(qkv.device, form["D"]):
-            programs, form = (min(grid[0], 2 * processors(qkv.device)),), form | {"num_stages": 3, "maxnreg": None}
+        ahead = _ahead(qkv.device, form["D"])
+        programs = (min(grid[0], 2 * processors(qkv.device)),) if ahead else grid
+        form |= {"num_stages": 3} if ahead else {"num_stages": 1} | fewer
         _attend_whole_backward[programs](qkv, *drop, dout, lse, dqkv, grid[0], T, n_head, *numbers, **form)
         return dqkv
     given = (qkv, *drop, y, dout, lse, torch.empty_like(lse), dqkv, T, n_head, *numbers)
