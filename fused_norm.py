@@ -246,6 +246,8 @@ def serves(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class AddNorm(torch.autograd.Function):
+    """`add_norm` -> the sum and LN of it. Nothing else takes the sum where `last`, which then has no gradient of its own."""
+
     @staticmethod
     def forward(ctx, x, branch, seed, site, p, weight, bias, last):
         out, y, mean, rstd = add_norm(x, branch, seed, site, p, weight, bias)
