@@ -160,6 +160,9 @@ def test_the_speed_with_fewer_bytes_is_the_committed_benchmarks():
         cells = f"{one['ms']['median']:.1f} | {two['ms']['median']:.1f} | {rates}; {one['peak_gib']:.1f} and {two['peak_gib']:.1f} GiB"
         assert f"| {labels[1]} | | {cells} |\n" in SPEED
     before, text = rows("inside_imagenet16")["A"], " ".join(SPEED.split())
+    for name, words in (("bytes_again", "{:.3f} and {:.3f} times its products on a second one"), ("ahead_padded", "{:.3f} and {:.3f} on another")):
+        found = rows(f"{name}_imagenet16")
+        assert words.format(*(found[arm]["ratio"]["median"] for arm in ("A", "A-I"))) in text
     assert f"with attention's as batched products they take {attention['ms']['median']:.2f}." in text
     alone, all_of_it = products["kernels_ms"]["matrix products"], a["kernels_ms"]["all"]
     assert f"add up to {alone:.2f} for the products and {all_of_it:.2f} for the step, {all_of_it / alone:.2f} times as much" in text
