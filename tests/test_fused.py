@@ -134,7 +134,9 @@ def test_what_the_gradient_of_layer_norm_is_made_from(monkeypatch, N, C, p, gain
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("half", [False, True])
 def test_the_mean_of_the_last_layer_norm(monkeypatch, B, T, C, bias, p, half):
-    monkeypatch.setattr(fused_norm, "processors", lambda device: 1)
+    """At full size by all processors: sums over thousands of rows in a single program would be rounded more than is allowed here."""
+    if B * T < 1000:
+        monkeypatch.setattr(fused_norm, "processors", lambda device: 1)
     torch.manual_seed(0)
     x, branch = torch.randn(B, T, C, device=DEVICE, requires_grad=True), torch.randn(B, T, C, device=DEVICE)
     branch = branch.to(HALF if half else torch.float32).requires_grad_()
