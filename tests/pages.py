@@ -11,7 +11,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 # as they are, for rows of tables and commands, which are lines; and each as one line, for sentences, wrapped anywhere
 README = PAGES["README.md"]
 RESULTS, THEORY, BARRIER, SPEED = (PAGES[f"docs/{name}.md"] for name in ("results", "theory", "barrier", "speed"))
-IN_README, IN_RESULTS, IN_THEORY, IN_BARRIER = (" ".join(page.split()) for page in (README, RESULTS, THEORY, BARRIER))
+IN_README, IN_RESULTS, IN_THEORY, IN_BARRIER, IN_SPEED = (" ".join(page.split()) for page in (README, RESULTS, THEORY, BARRIER, SPEED))
 
 
 def report_of(name: str) -> dict:

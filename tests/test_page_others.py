@@ -1,11 +1,11 @@
-"""The numbers of docs/theory.md, docs/speed.md and docs/barrier.md are those of the committed reports and benchmarks."""
+"""The numbers of docs/theory.md and docs/barrier.md are those of the committed reports."""
 
 import json
 import re
 import runpy
 
 import pytest
-from pages import BARRIER, IN_BARRIER, IN_README, IN_THEORY, README, ROOT, SPEED, THEORY, report_of
+from pages import BARRIER, IN_BARRIER, IN_README, IN_THEORY, ROOT, THEORY, report_of
 from scipy import stats
 
 from report import FRONTIER, robustness
@@ -53,157 +53,6 @@ def test_the_numbers_of_the_initial_weights_are_the_committed_report():
         values = [f"{value:.3f}".replace("-", "−") for value in ((sum(unrolled) - sum(plain)) / 3, *difference)]
         middle = "95 % interval " if name == "quick" else ""
         assert "({}, {}{} to {})".format(values[0], middle, *values[1:]) in IN_THEORY
-
-
-def test_the_speed_table_is_the_committed_benchmarks():
-    row = next(line for line in SPEED.splitlines() if line.startswith("| a step of `quick`"))
-    found = {}
-    for file in ("cpu_quick", "cpu_sample_shakespeare_char", "cpu_sample_gpt2", "cpu_startup"):
-        rows = json.loads((ROOT / "results" / "bench" / f"{file}.json").read_text())["rows"]
-        found[file] = {entry["arm"]: f"{entry['ms']['median']:.1f}" for entry in rows}
-    quick, text, gpt2, start = found.values()
-    more = f"A in bf16 {quick['A-bf16']}, with the log-barrier {quick['A+prior']}"
-    assert row == f"| a step of `quick`, float32 | {quick['plain']} | {quick['A']} | {quick['A-I']} | {more} |"
-    assert f"| a character from the 10.65 M model | {text['A, no cache']} | {text['A']} | {text['A-I']} | |\n" in SPEED
-    assert f"| a token from GPT-2 124M | {gpt2['A, no cache']} | {gpt2['A']} | | transformers with its cache {gpt2['A, transformers']} |\n" in SPEED
-    assert f"to its first iteration | | {start['first iteration']} | | `--help` {start['--help']} |\n" in SPEED
-
-
-def test_the_speed_of_gpus_is_the_committed_benchmarks():
-    def rows(name):
-        return {row["arm"]: row for row in json.loads((ROOT / "results" / "bench" / f"{name}.json").read_text())["rows"]}
-
-    def ms(row, digits=1):
-        return f"{row['ms']['median']:.{digits}f}"
-
-    def rate(row):
-        return f"{row['tokens_per_s'] / 1000:.0f}"
-
-    small, gpt2, barrier, pictures = (rows(f"h200_{name}") for name in ("train_shakespeare_char", "train_gpt2", "prior_gpt2", "train_imagenet16"))
-    cells = " | ".join(ms(small[arm], 2) for arm in ("plain", "A", "A-I"))
-    assert f"| a step of `shakespeare_char` (64 × 256 characters) | {cells} | |\n" in SPEED
-    assert f"| a step of `shakespeare_char` (64 × 256 characters) | {cells} |\n" in README
-    embedding, own = rows("h200_prior_shakespeare_char"), rows("h200_own_shakespeare_char")
-    pairs = [f"{ms(some[arm], 2)} against {ms(some['A'], 2)}" for some, arm in ((embedding, "A+prior"), (own, "A+own"))]
-    assert "| the same with the log-barrier, earlier kernels | | | | on the embeddings {}, on the model's own heads {} |\n".format(*pairs) in SPEED
-    plain, a, laplacian = (gpt2[arm] for arm in ("plain", "A", "A-I"))
-    rates = f"{rate(plain)}, {rate(a)} and {rate(laplacian)} thousand tokens/s"
-    memory = "{:.1f}, {:.1f} and {:.1f} GiB".format(*(row["peak_gib"] for row in (plain, a, laplacian)))
-    assert f"| a step of GPT-2 124M (64 × 1024 tokens), ungathered | {ms(plain)} | {ms(a)} | {ms(laplacian)} | {rates}; {memory} |\n" in SPEED
-    beside = rows("h200_ungathered_gpt2")["A-I"]["ratio"]["median"]
-    more = [f"{100 * (ratio - 1):.1f} %" for ratio in (laplacian["ratio"]["median"] / a["ratio"]["median"], beside)]
-    in_speed = " ".join(SPEED.split())
-    assert "A − I costs {} more than A in the first ungathered row, {} beside A alone".format(*more) in in_speed
-    alone = rows("h200_train_gpt2_alone")
-    rates = f"{rate(alone['plain'])} and {rate(alone['A'])} thousand tokens/s"
-    assert f"| the same on a host whose other GPUs are idle | {ms(alone['plain'])} | {ms(alone['A'])} | | {rates} |\n" in SPEED
-    before = rows("h200_gathered_gpt2")
-    extra = 100 * (before["A-I"]["ratio"]["median"] / before["A"]["ratio"]["median"] - 1)
-    sentence = "nanoGPT's way, A and A − I took {}, {} and {} ms, {:.1f} % more,"
-    assert sentence.format(*(ms(before[arm]) for arm in ("plain", "A", "A-I")), extra) in in_speed
-    won = sorted(before["A"]["ms"]["median"] - row["ms"]["median"] for row in (a, alone["A"]))
-    assert "won A {:.1f} to {:.1f} ms".format(*won) in in_speed
-    shares = [f"{row['ratio']['median']:.3f}" for row in (before["A"], a, alone["A"], before["A-I"], laplacian)]
-    assert "Of its time A took {} and takes {} and {}, A − I took {} and takes {}.".format(*shares) in in_speed
-    more = f"on the embeddings {ms(barrier['A+prior'])}, on the model's own heads {ms(barrier['A+own'])}"
-    assert f"| the same with the log-barrier, earlier kernels | | {ms(barrier['A'])} | | {more} |\n" in SPEED
-    products = "matrix products {matrix products:.2f}, those with GELU inside {products with GELU inside:.2f}, attention {attention:.2f}"
-    products = products.format_map(pictures["A"]["kernels_ms"])
-    assert f"| a step of `imagenet16` (512 pictures), GELU inside | | {ms(pictures['A'], 2)} | {ms(pictures['A-I'], 2)} | {products} |\n" in SPEED
-    text = rows("h200_sample_gpt2")
-    cells = " | ".join(ms(text[arm], 2) for arm in ("A, no cache", "A", "A-I"))
-    rates = f"{text['A']['tokens_per_s']:,.0f} and {text['A-I']['tokens_per_s']:,.0f} tokens/s"
-    assert f"| a token from GPT-2 124M, one sequence, 500 after 100 | {cells} | {rates} |\n" in SPEED
-    assert f"| a token from GPT-2 124M, one sequence, 500 after 100 | {cells} |\n" in README
-    together = rows("h200_ddp2_gpt2")
-    for arm, label in (("A", "A"), ("A-I", "A − I")):
-        one, two = together[f"{arm}, alone"], together[f"{arm}, 2 processes"]
-        cells = f"{ms(one)}, {ms(two)} | {rate(one)}, {rate(two)} | {two['ratio']['median']:.3f}"
-        assert f"| {label}: one alone, two together | {cells} |\n" in SPEED
-
-
-def test_the_speed_with_gelu_inside_is_the_committed_benchmarks():
-    def rows(name):
-        found = json.loads((ROOT / "results" / "bench" / f"h100_{name}.json").read_text())["rows"]
-        return [(f"{row['ms']['median']:.{1 if 'gpt2' in name else 2}f}", f"{row['tokens_per_s'] / 1000:.0f}", row) for row in found]
-
-    (apart, slow, _), (inside, fast, _) = rows("inside_gpt2")
-    assert f"| a step of GPT-2 124M (64 × 1024 tokens) | | {apart} | {inside} | {slow} and {fast} thousand tokens/s |\n" in SPEED
-    (plain, slow, one), (a, fast, other) = rows("plain_gpt2")
-    memory = f"{one['peak_gib']:.1f} and {other['peak_gib']:.1f} GiB"
-    assert f"| the same, other runs | {plain} | | {a} | {slow} and {fast} thousand tokens/s; {memory} |\n" in SPEED
-    (a, _, _), (laplacian, _, row) = rows("train_gpt2")
-    more = f"A − I {laplacian}, {100 * (row['ratio']['median'] - 1):.1f} % more; {row['peak_gib']:.1f} GiB"
-    assert f"| the same, A against A − I | | | {a} | {more} |\n" in SPEED
-    (apart, _, _), (inside, _, _) = rows("inside_shakespeare_char")
-    assert f"| a step of `shakespeare_char` (64 × 256 characters) | | {apart} | {inside} | |\n" in SPEED
-    (apart, _, row), (inside, _, _) = rows("inside_imagenet16")
-    products = f"matrix products alone {row['kernels_ms']['matrix products']:.2f}"
-    assert f"| a step of `imagenet16` (512 pictures) | | {apart} | {inside} | {products} |\n" in SPEED
-
-
-def test_the_speed_with_fewer_bytes_is_the_committed_benchmarks():
-    def rows(name):
-        return {row["arm"]: row for row in json.loads((ROOT / "results" / "bench" / f"h100_{name}.json").read_text())["rows"]}
-
-    for name, labels in (
-        ("bytes", ("the same before", "the same before")),
-        ("ahead", ("a step of `imagenet16` (512 pictures), ahead", "a step of GPT-2 124M (64 × 1024 tokens), ahead")),
-    ):
-        pictures, gpt2 = rows(f"{name}_imagenet16"), rows(f"{name}_gpt2")
-        products, attention, a, laplacian = (pictures[arm] for arm in ("products", "products+attention", "A", "A-I"))
-        ms = [f"{row['ms']['median']:.2f}" for row in (products, a, laplacian)]
-        ratios = f"{a['ratio']['median']:.3f} and {laplacian['ratio']['median']:.3f} times its products"
-        assert f"| {labels[0]} | {' | '.join(ms)} | {ratios}; {a['peak_gib']:.1f} and {laplacian['peak_gib']:.1f} GiB |\n" in SPEED
-        one, two = gpt2["A"], gpt2["A-I"]
-        rates = f"{one['tokens_per_s'] / 1e3:.0f} and {two['tokens_per_s'] / 1e3:.0f} thousand tokens/s"
-        cells = f"{one['ms']['median']:.1f} | {two['ms']['median']:.1f} | {rates}; {one['peak_gib']:.1f} and {two['peak_gib']:.1f} GiB"
-        assert f"| {labels[1]} | | {cells} |\n" in SPEED
-    before, text = rows("inside_imagenet16")["A"], " ".join(SPEED.split())
-    for name, words in (("bytes_again", "{:.3f} and {:.3f} times its products on a second one"), ("ahead_padded", "{:.3f} and {:.3f} on another")):
-        found = rows(f"{name}_imagenet16")
-        assert words.format(*(found[arm]["ratio"]["median"] for arm in ("A", "A-I"))) in text
-    assert f"with attention's as batched products they take {attention['ms']['median']:.2f}." in text
-    alone, all_of_it = products["kernels_ms"]["matrix products"], a["kernels_ms"]["all"]
-    assert f"add up to {alone:.2f} for the products and {all_of_it:.2f} for the step, {all_of_it / alone:.2f} times as much" in text
-    spreads = [f"at {row['ratio']['median']:.3f} ({{}}{{:.3f}} to {{:.3f}})" for row in (a, laplacian)]
-    given = spreads[0].format("quartiles ", *a["ratio"]["quartiles"]), spreads[1].format("", *laplacian["ratio"]["quartiles"])
-    assert f"A is {given[0]} and A − I {given[1]}" in text and laplacian["ratio"]["quartiles"][1] < 1.6
-    assert f"`imagenet16` took {before['ms']['median']:.2f} on an H100 and {before['peak_gib']:.1f} GiB" in text
-
-
-def test_the_speed_by_size_is_the_committed_benchmarks():
-    for model, label in (("gpt2", "`gpt2`, 124M"), ("gpt2_350m", "`gpt2_350m`"), ("gpt2_774m", "`gpt2_774m`"), ("gpt2_1b3", "`gpt2_1b3`, 1.3B")):
-        report = json.loads((ROOT / "results" / "bench" / f"h100_scale_{model}.json").read_text())
-        rows = report["rows"]
-        ms = [f"{row['ms']['median']:.1f}" for row in rows]
-        found = [(f"{row['tokens_per_s'] / 1e3:.1f}", f"{row['mfu']:.1%}", f"{row['peak_gib']:.1f}") for row in rows]
-        pairs = [", ".join(some) for some in zip(*found)]
-        cells = [label, str(report["bench"]["batch_size"]), ms[0], f"{ms[1]}, {rows[1]['ratio']['median'] - 1:.1%} more", *pairs]
-        assert f"| {' | '.join(cells)} |\n".replace("%", " %") in SPEED
-    large = json.loads((ROOT / "results" / "bench" / "h100_attention_gpt2.json").read_text())["rows"][0]
-    assert f"the MFU is {large['mfu']:.1%} (table above, {large['ms']['median']:.1f} ms)".replace("%", " %") in " ".join(SPEED.split())
-
-
-def test_the_speed_of_attention_of_our_own_is_the_committed_benchmarks():
-    def rows(name):
-        found = json.loads((ROOT / "results" / "bench" / f"h100_attention_{name}.json").read_text())["rows"]
-        return [(row, f"{row['ms']['median']:.1f}", f"{row['tokens_per_s'] / 1000:.0f}", f"{row['peak_gib']:.1f}") for row in found]
-
-    in_speed = " ".join(SPEED.split())
-    (a, ms, rate, memory), (laplacian, more_ms, more_rate, more_memory) = rows("gpt2")
-    parts = [f"{row['kernels_ms']['attention']:.1f}" for row in (a, laplacian)]
-    words = f"attention {parts[0]} and {parts[1]}; {rate} and {more_rate} thousand tokens/s; {memory} and {more_memory} GiB"
-    assert f"| a step of GPT-2 124M (64 × 1024 tokens) | | {ms} | {more_ms} | {words} |\n" in SPEED
-    ratio = laplacian["ratio"]
-    low, high = (f"{100 * (value - 1):+.1f}".replace("-", "−") for value in ratio["quartiles"])
-    assert f"A − I costs {100 * (ratio['median'] - 1):.1f} % more than A by the rounds' own ratios (quartiles {low} to {high} %)" in in_speed
-    (_, plain_ms, plain_rate, plain_memory), (a, ms, rate, memory) = rows("plain_gpt2")
-    words = f"{plain_rate} and {rate} thousand tokens/s; {plain_memory} and {memory} GiB"
-    assert f"| the same against nanoGPT's way, the same machine | {plain_ms} | {ms} | | {words} |\n" in SPEED
-    assert f"A takes {a['ratio']['median']:.3f} of the time of nanoGPT's way" in in_speed
-    more = f"{100 * (ratio['median'] - 1):.1f} % more ({low} to {high})"
-    assert f"| a step of GPT-2 124M (64 × 1024 tokens), on an H100 | {plain_ms} | {ms} | {more} |\n" in README
 
 
 @pytest.mark.parametrize("text", ["wikitext2", "shakespeare"])
