@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from configurator import InputError
 
@@ -35,8 +36,9 @@ NAMES = (
     "seeds_needed",
     "across",
     "scale",
+    "repeats",
 )
-lambda_map, alpha_curve, map_select, map_table, tuned, front_page, steps_to_reach, branches, seeds_needed, across, scale = map(load, NAMES)
+lambda_map, alpha_curve, map_select, map_table, tuned, front_page, steps_to_reach, branches, seeds_needed, across, scale, repeats = map(load, NAMES)
 
 
 def report_of(cells) -> dict:
@@ -577,6 +579,44 @@ def test_comparisons_that_do_not_belong_together():
     for arguments in (["one"], [], ["a", "-b"]):
         with pytest.raises(InputError, match="name 2 directories or more with a report.json"):
             across.main(arguments)
+
+
+def test_what_a_repetition_moves(tmp_path, capsys):
+    new = comparison_of({"A": {"config": {"out_dir": "x"}, 1: 1.0, 2: 2.5, 3: 3.0, 9: 9.0}, "B": {"config": {"diffusion": True}, 1: 5.0}})
+    old = comparison_of({"A": {"config": {}, 3: 3.25, 1: 1.5, 2: 2.5, 4: 4.0}, "C": {"config": {"diffusion": True}, 1: 0.0}}, code_sha256="other")
+    for name, report in (("new", new), ("old", old)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    repeats.main([str(tmp_path / "new"), str(tmp_path / "old")])
+    found = json.loads((tmp_path / "new" / "repeats.json").read_text())
+    assert found["arms"] == {"A": {"seeds": [1, 2, 3], "first": [1.0, 2.5, 3.0], "again": [1.5, 2.5, 3.25]}}
+    pair = found["differences"]["A"]
+    assert pair["differences"] == [-0.5, 0.0, -0.25] == found["differences"]["all"]["differences"] and pair["mean"] == -0.25 and pair["sd"] == 0.25
+    low, high = stats.ttest_1samp([-0.5, 0.0, -0.25], 0).confidence_interval(0.95)
+    text = (tmp_path / "new" / "repeats.md").read_text()
+    row = rf"\| A +\| 3 +\| -0\.2500 \({low:+.4f} to \{high:+.4f}\) +\| 0\.2500 +\| 0\.5000 +\|"
+    assert re.search(row, text) and capsys.readouterr().out.startswith(text) and "- old: code other, torch" in text
+    third = comparison_of({"A": {"config": {}, 1: 3.0}})
+    assert repeats.repeated([new, old, third])["A"] == {"seeds": [1, 2, 3, 1], "first": [1.0, 2.5, 3.0, 1.0], "again": [1.5, 2.5, 3.25, 3.0]}
+    for other, said in (
+        (comparison_of({"A": {"config": {"learning_rate": 7.0}, 1: 1.0}}), "arm A has other recipes in two of the reports: learning_rate"),
+        (comparison_of({"A": {"config": {}, 1: None}}), "a run of A diverged"),
+        (comparison_of({"A": {"config": {}, 4: 1.0}}), "no run is in two of the reports"),
+        (comparison_of({"A": {"config": {}, 1: 1.0}}, data_sha256={"x": "another"}), "differ in data"),
+        (comparison_of({"A": {"config": {}, 1: 1.0}}) | {"endpoint": "best"}, "differ in endpoint"),
+        ({"endpoint": "last", "provenance": {"data_sha256": new["provenance"]["data_sha256"]}}, "not one of compare.py"),
+    ):
+        with pytest.raises(InputError, match=said):
+            repeats.repeated([new, other])
+
+
+def test_the_committed_table_of_repetitions_is_that_of_its_reports():
+    folder = front_page.RESULTS / "shakespeare_char_lengths"
+    committed = json.loads((folder / "repeats.json").read_text())
+    reports = [json.loads((folder.parent / name / "report.json").read_text()) for name in committed["reports"]]
+    found = repeats.repeated(reports)
+    assert found == committed["arms"] and repeats.measured(found) == committed["differences"]
+    assert (folder / "repeats.md").read_text().startswith(repeats.table(repeats.measured(found)))
 
 
 def test_steps_of_several_comparisons_are_the_committed_table():
