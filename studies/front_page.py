@@ -53,13 +53,13 @@ ROWS = [
         ("shakespeare_char_learning_rate=4e-3", "shakespeare_char_laplacian_learning_rate=2e-3"),
     ),
     (
-        "the same, each arm at its best of six schedules of 2500 steps at most: 1e-3, 2000 steps for A, 2500 for A − I",
+        "the same, each arm at its best of six schedules, 2500 steps at most: 1e-3, 2000 steps for A, 2500 for A − I",
         "Shakespeare, 2500 steps at most",
         ("shakespeare_char_in_time",),
         ("shakespeare_char_learning_rate=1e-3_max_iters=2000", "shakespeare_char_laplacian_learning_rate=1e-3_max_iters=2500"),
     ),
     (
-        "the same, of twelve schedules of 5000 steps at most: 1e-3, 2000 steps for A, 5e-4, 4000 steps for A − I",
+        "the same, at its best of twelve, 5000 steps at most: 1e-3, 2000 steps for A; 5e-4, the smallest tried, 4000 for A − I",
         "Shakespeare, 5000 steps at most",
         ("shakespeare_char_lengths",),
         ("shakespeare_char_learning_rate=1e-3_max_iters=2000", "shakespeare_char_laplacian_learning_rate=5e-4_max_iters=4000"),

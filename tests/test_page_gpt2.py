@@ -121,7 +121,7 @@ def test_the_words_about_gpt2_are_the_committed_reports(across):
     assert (a, half) == ("gpt2_100m_learning_rate=6e-4", "gpt2_100m_laplacian_diffusion_heads=6_learning_rate=1.2e-3")
     small, large = across["learning_rate=6e-4"], across["learning_rate=1.2e-3"]
     leads = [-paired(across[f"learning_rate={rate}"], across[HALF + rate])[0] for rate in ("2.4e-3", "1.2e-3", "6e-4")]
-    sentence = "by {:.3f} at 2.4e-3 and {:.3f} at 1.2e-3, on every one of six seeds (exact sign-flip p = {:.3f} each);"
+    sentence = "by {:.3f} at 2.4e-3 and {:.3f} at 1.2e-3, on every one of six seeds (sign-flip p = {:.3f} each);"
     assert sentence.format(*leads[:2], 2 / 2**6) in IN_README and len(large) == 6
     pairs = json.loads((ROOT / "results" / "gpt2_new" / "across.json").read_text())["pairs"]
     flips = {f"{pairs[f'gpt2_100m_{HALF}{rate} − gpt2_100m_learning_rate={rate}']['sign_flip_p']:.3f}" for rate in ("1.2e-3", "2.4e-3")}

@@ -582,32 +582,47 @@ def test_comparisons_that_do_not_belong_together():
 
 
 def test_what_a_repetition_moves(tmp_path, capsys):
-    new = comparison_of({"A": {"config": {"out_dir": "x"}, 1: 1.0, 2: 2.5, 3: 3.0, 9: 9.0}, "B": {"config": {"diffusion": True}, 1: 5.0}})
-    old = comparison_of({"A": {"config": {}, 3: 3.25, 1: 1.5, 2: 2.5, 4: 4.0}, "C": {"config": {"diffusion": True}, 1: 0.0}}, code_sha256="other")
+    new = comparison_of({"A": {"config": {"out_dir": "y"}, 1: 1.0, 2: 2.5, 3: 3.0, 9: 9.0}, "B": {"config": {"diffusion": True}, 1: 5.0}})
+    old = {"A": {"config": {"dropout": 0.0}, 3: 3.25, 1: 1.5, 2: 2.625, 4: 4.0}, "C": {"config": {"diffusion": True}, 1: 0.0}}
+    old = comparison_of(old, code_sha256="other")  # whose report has a key, at its default, for which the other is too old
     for name, report in (("new", new), ("old", old)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(report))
     repeats.main([str(tmp_path / "new"), str(tmp_path / "old")])
     found = json.loads((tmp_path / "new" / "repeats.json").read_text())
-    assert found["arms"] == {"A": {"seeds": [1, 2, 3], "first": [1.0, 2.5, 3.0], "again": [1.5, 2.5, 3.25]}}
-    pair = found["differences"]["A"]
-    assert pair["differences"] == [-0.5, 0.0, -0.25] == found["differences"]["all"]["differences"] and pair["mean"] == -0.25 and pair["sd"] == 0.25
-    low, high = stats.ttest_1samp([-0.5, 0.0, -0.25], 0).confidence_interval(0.95)
+    assert found["arms"] == {"A": {"seeds": [1, 2, 3], "first": [1.0, 2.5, 3.0], "again": [1.5, 2.625, 3.25]}}
+    pair, moved = found["differences"]["A"], [-0.5, -0.125, -0.25]
+    assert pair == found["pooled"] and pair["differences"] == moved and found["mean of the absolute differences"] == pytest.approx(0.875 / 3)
+    assert pair["of_seeds"] == pytest.approx((stats.tvar([1.0, 2.5, 3.0]) + stats.tvar([1.5, 2.625, 3.25])) ** 0.5), "root of 2 times their mean"
+    low, high = stats.ttest_1samp(moved, 0).confidence_interval(0.95)
     text = (tmp_path / "new" / "repeats.md").read_text()
-    row = rf"\| A +\| 3 +\| -0\.2500 \({low:+.4f} to \{high:+.4f}\) +\| 0\.2500 +\| 0\.5000 +\|"
+    row = rf"\| A +\| 3 +\| -0\.2917 \({low:+.4f} to \{high:+.4f}\) +\| {stats.tstd(moved):.4f} +\| {pair['of_seeds']:.4f} +\| 0\.5000 +\|"
     assert re.search(row, text) and capsys.readouterr().out.startswith(text) and "- old: code other, torch" in text
     third = comparison_of({"A": {"config": {}, 1: 3.0}})
-    assert repeats.repeated([new, old, third])["A"] == {"seeds": [1, 2, 3, 1], "first": [1.0, 2.5, 3.0, 1.0], "again": [1.5, 2.5, 3.25, 3.0]}
+    assert repeats.repeated([new, old, third])["A"] == {"seeds": [1, 2, 3, 1], "first": [1.0, 2.5, 3.0, 1.0], "again": [1.5, 2.625, 3.25, 3.0]}
+    two = {"a": {"first": [1.0, 2.0], "again": [3.0, 5.0]}, "b": {"first": [1.0], "again": [9.0]}}
+    assert [entry["of_seeds"] for entry in repeats.measured(two)[0].values()] == [pytest.approx((0.5 + 2.0) ** 0.5), None]
     for other, said in (
         (comparison_of({"A": {"config": {"learning_rate": 7.0}, 1: 1.0}}), "arm A has other recipes in two of the reports: learning_rate"),
-        (comparison_of({"A": {"config": {}, 1: None}}), "a run of A diverged"),
+        (comparison_of({"A": {"config": {}, 1: None}}), "A diverged on seed 1"),
         (comparison_of({"A": {"config": {}, 4: 1.0}}), "no run is in two of the reports"),
         (comparison_of({"A": {"config": {}, 1: 1.0}}, data_sha256={"x": "another"}), "differ in data"),
         (comparison_of({"A": {"config": {}, 1: 1.0}}) | {"endpoint": "best"}, "differ in endpoint"),
+        (json.loads(json.dumps(new)), "A on seed 1 is one run"),
         ({"endpoint": "last", "provenance": {"data_sha256": new["provenance"]["data_sha256"]}}, "not one of compare.py"),
     ):
         with pytest.raises(InputError, match=said):
             repeats.repeated([new, other])
+    with pytest.raises(InputError, match="A on seed 1 is one run"):
+        repeats.repeated([new, old, json.loads(json.dumps(old))])
+    for damaged in ({}, {"provenance": {"code_sha256": 1}}, {"provenance": {"code_sha256": "c", "versions": None}}):
+        with pytest.raises(InputError, match="not one of compare.py"):
+            repeats.sources([(tmp_path, damaged)])
+    before = text
+    for arguments in ([], [str(tmp_path / "new")], [str(tmp_path / "new")] * 2, [str(tmp_path / "new"), str(tmp_path / "gone")]):
+        with pytest.raises(InputError):
+            repeats.main(arguments)
+    assert (tmp_path / "new" / "repeats.md").read_text() == before
 
 
 def test_the_committed_table_of_repetitions_is_that_of_its_reports():
@@ -615,8 +630,9 @@ def test_the_committed_table_of_repetitions_is_that_of_its_reports():
     committed = json.loads((folder / "repeats.json").read_text())
     reports = [json.loads((folder.parent / name / "report.json").read_text()) for name in committed["reports"]]
     found = repeats.repeated(reports)
-    assert found == committed["arms"] and repeats.measured(found) == committed["differences"]
-    assert (folder / "repeats.md").read_text().startswith(repeats.table(repeats.measured(found)))
+    differences, pooled = repeats.measured(found)
+    assert (found, differences, pooled) == (committed["arms"], committed["differences"], committed["pooled"])
+    assert (folder / "repeats.md").read_text().startswith(repeats.table(differences, pooled))
 
 
 def test_steps_of_several_comparisons_are_the_committed_table():
