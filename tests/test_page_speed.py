@@ -2,6 +2,7 @@
 
 import json
 import re
+from statistics import mean
 
 from pages import IN_README, IN_SPEED, README, ROOT, SPEED, report_of
 
@@ -102,6 +103,19 @@ def test_the_speed_with_the_barrier_is_the_committed_benchmarks():
     words = [f"{ms(rows[arm], 2)} against {ms(rows['A'], 2)}" for rows, arm in ((embedding, "A+prior"), (own, "A+own"))]
     words.append(f"{ms(gpt2['A+prior'], 1)} and {ms(gpt2['A+own'], 1)} against {ms(gpt2['A'], 1)}")
     assert "{} with the barrier on the embeddings, {} with it on the model's own heads; GPT-2 124M {}.".format(*words) in IN_SPEED
+
+
+def test_what_rounding_costs_is_the_committed_figures():
+    found = json.loads((ROOT / "results" / "rounding" / "rounding.json").read_text())["arms"]
+    runs = [list(found[arm]["seeds"].values()) for arm in ("A", "A − I")]
+    assert all(len(some) == 8 for some in runs)
+    both = [[run["eight bits, and LayerNorm's result"] for run in some] for some in runs]
+    grown = [f"{100 * (mean(run[what] for run in some) - 1):.1f}" for what in ("median", "first matrices", "gains") for some in both]
+    sentence = (
+        "together by {} % (A) and {} % (A − I) in the median over parameters; in the MLPs' first matrices, which the derivative goes into, by {} "
+    )
+    sentence += "and {} %, and in LayerNorm's gains by {} and {} %. The errors that grow so are {:.2f} % and {:.2f} % of the gradient"
+    assert sentence.format(*grown, *(100 * mean(run["error"] for run in some) for some in runs)) in IN_SPEED
 
 
 def test_the_speed_by_stage_is_the_committed_benchmarks():
