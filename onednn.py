@@ -1,16 +1,39 @@
 """What torch does slowly on x86 CPUs: float32 linear layers by MKL, and attention in bfloat16.
 
 torch sends float32 matrix products on a CPU to MKL, which does not use AVX-512 on processors that are not Intel's; oneDNN, in the same torch, does:
-at the shapes of config/quick.py it is twice as fast for the forward product and the input's gradient, 1.2 to 1.9 times for the weight's (LOG.md).
+at the shapes of config/quick.py it is twice as fast for the forward product and the input's gradient, 1.2 to 1.9 times for the weight's, where
+AVX-512 has units of its full width. AMD's before family 26 have not: there it wins a tenth, and for the weight's gradient MKL is faster (LOG.md).
 Precision is float32 in both; the order of the sums differs, as between any two BLAS.
 
 The backward pass of attention takes four times as long in bfloat16 as in float32 (LOG.md), so attention stays in float32 under autocast.
 """
 
+import re
+from pathlib import Path
+
 import torch
 import torch.nn as nn
 
 from model import CausalSelfAttention
+
+
+def full_width(cpuinfo: str) -> bool:
+    """Whether the processor that /proc/cpuinfo describes is known to have 512 bits in its units: AMD's from family 26 (Zen 5) on.
+
+    By name and not by a trial, whose outcome would change from run to run, and with it the order of sums.
+    """
+    family = re.search(r"^cpu family\s*:\s*(\d+)$", cpuinfo, re.MULTILINE)
+    return "AuthenticAMD" in cpuinfo and family is not None and int(family[1]) >= 26
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        return ""
+
+
+FULL_WIDTH = full_width(_cpuinfo())
 
 
 def available() -> bool:
@@ -32,7 +55,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return _product(grad, weight.t()), _product(grad.t(), x.t())
+        return _product(grad, weight.t()), _product(grad.t(), x.t()) if FULL_WIDTH else grad.t() @ x
 
 
 class Linear(nn.Linear):

@@ -11,7 +11,9 @@ pytestmark = pytest.mark.skipif(not onednn.available(), reason="this processor o
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (12, 64, 128), (2, 1, 16), (40, 33)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_forward_and_gradients_equal_float64(shape, bias):
+@pytest.mark.parametrize("wide", [False, True])
+def test_forward_and_gradients_equal_float64(monkeypatch, shape, bias, wide):
+    monkeypatch.setattr(onednn, "FULL_WIDTH", wide)
     torch.manual_seed(0)
     layer = onednn.Linear(shape[-1], 65, bias=bias)
     x = torch.randn(shape, requires_grad=True)
@@ -28,6 +30,15 @@ def test_forward_and_gradients_equal_float64(shape, bias):
     assert (layer.weight.grad.double() - grad_w).abs().max() < x[..., 0].numel() ** 0.5 * 1e-5
     if bias:
         torch.testing.assert_close(layer.bias.grad, upstream.flatten(0, -2).sum(0))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "wide"), [("AuthenticAMD", 25, False), ("AuthenticAMD", 26, True), ("GenuineIntel", 26, False), ("GenuineIntel", 6, False)]
+)
+def test_processors_of_full_width_are_known_by_name(vendor, family, wide):
+    described = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\nmodel name\t: some family : 99\n"
+    assert onednn.full_width(described) == wide
+    assert not onednn.full_width("") and not onednn.full_width("AuthenticAMD")
 
 
 def test_accelerate_keeps_parameters_and_names_and_other_dtypes_fall_through():
