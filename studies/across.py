@@ -7,27 +7,24 @@ that differs though it is none of attention's or of the barrier, no arm has it i
 and so may the devices of different seeds, and then the table says so.
 """
 
-import dataclasses
 import itertools
-import json
 import math
 
-from reports import read_reports, run, write_table
+from reports import read_reports, recipe_of, run, write_table
 
-from configurator import InputError, TrainConfig
+from configurator import InputError
 
 ARM = ("attention_kernel", "head_combine", "weight_init")  # with those of diffusion and of the barrier, what an arm is there for
 
 
 def together(reports: list[dict]) -> dict:
     """One report: the `endpoint` and the `arms` of all, with their cells alone, and each one's `commands` and `code`. Raises InputError."""
-    from compare import HARMLESS
 
     def alike(what: str, values: list):
         if any(value != values[0] for value in values):
             raise InputError(f"the reports differ in {what}: {' and '.join(dict.fromkeys(map(str, values)))}")
 
-    cells, recipes, device_of, young = {}, {}, {}, json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
+    cells, recipes, device_of, young = {}, {}, {}, recipe_of({})
     tell = {key for key in young if key.startswith(("diffusion", "prior_")) or key in ARM}
     try:
         sources = [report["provenance"] for report in reports]
@@ -37,8 +34,7 @@ def together(reports: list[dict]) -> dict:
             alike("data", [f"{source.get('data')} (sha256 {', '.join(map(str, one.values()))})" for source, one in zip(sources, sums)])
         alike("torch", [source["versions"]["torch"] for source in sources])
         for report, source in zip(reports, sources):
-            own = {name: young | {**source["configs"][name]} for name in report["arms"]}  # keys that a report is too old for have their defaults
-            own = {name: {key: value for key, value in recipe.items() if key not in HARMLESS} for name, recipe in own.items()}
+            own = {name: recipe_of(source["configs"][name]) for name in report["arms"]}
             tell |= {key for one, other in itertools.combinations(own.values(), 2) for key in one if other[key] != one[key]}
             for name, arm in report["arms"].items():
                 if other := [key for key, value in recipes.setdefault(name, own[name]).items() if own[name][key] != value]:

@@ -7,22 +7,18 @@ difference of two seeds of one arm has, which is the root of 2 times that over s
 first each time. Refuses other data, another endpoint, an arm whose recipes differ, a run that diverged, and a copy of a run.
 """
 
-import dataclasses
-import json
 import math
-from statistics import mean, variance
+from statistics import variance
 
 from across import endpoints
-from reports import read_reports, run, unlike, write_table
+from reports import read_reports, recipe_of, run, unlike, write_table
 
-from configurator import InputError, TrainConfig
+from configurator import InputError
 
 
 def repeated(reports: list[dict]) -> dict[str, dict]:
     """{arm: {"seeds", "first", "again"}, the endpoints in the report named first and in a later one}. Raises InputError."""
-    from compare import HARMLESS
-
-    found, young = {}, json.loads(json.dumps(dataclasses.asdict(TrainConfig())))  # keys that a report is too old for have their defaults
+    found = {}
     try:
         if keys := unlike([{"endpoint": one["endpoint"], "data": one["provenance"]["data_sha256"]} for one in reports]):
             raise InputError(f"the reports differ in {keys}: a repetition has the same")
@@ -31,7 +27,7 @@ def repeated(reports: list[dict]) -> dict[str, dict]:
         for report in reports:
             values = endpoints(report)
             for name, arm in report["arms"].items():
-                own = {key: value for key, value in (young | report["provenance"]["configs"][name]).items() if key not in HARMLESS}
+                own = recipe_of(report["provenance"]["configs"][name])
                 if keys := unlike([recipes.setdefault(name, own), own]):
                     raise InputError(f"arm {name} has other recipes in two of the reports: {keys}")
                 for cell in sorted(arm["cells"], key=lambda cell: cell["seed"]):
@@ -101,7 +97,6 @@ def main(arguments: list[str]):
     differences, pooled = measured(found)
     text = "\n\nThe first named minus the others, where both have the run. Over all, the runs count as independent.\n\n"
     contents = {"reports": [folder.name for folder, _ in read], "arms": found, "differences": differences, "pooled": pooled}
-    contents["mean of the absolute differences"] = mean(map(abs, pooled["differences"]))
     write_table(read[0][0], "repeats", contents, table(differences, pooled) + text + sources(read))
 
 

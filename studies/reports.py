@@ -1,12 +1,13 @@
 """What the readers of this directory share: how they begin, the one argument, and the report.json in it."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import InputError, one_line_errors, quit_on_interrupt
+from configurator import InputError, TrainConfig, one_line_errors, quit_on_interrupt
 
 # of the barrier study, named before its runs: the gains, the first of which selects, and what they may cost in per cent of the clean loss
 ENDPOINTS, COST = ("noise 1 RMS", "attack 0.1, 10 steps"), 1.7
@@ -38,6 +39,14 @@ def read_reports(arguments: list[str], doc: str, least: int = 1, most: int = 1) 
 def read_report(arguments: list[str], doc: str) -> tuple[Path, dict]:
     """The same of one."""
     return read_reports(arguments, doc)[0]
+
+
+def recipe_of(config: dict) -> dict:
+    """What of a report's configuration makes a run what it is; keys for which the report is too old have their defaults. Raises TypeError."""
+    from compare import HARMLESS
+
+    whole = json.loads(json.dumps(dataclasses.asdict(TrainConfig()))) | config
+    return {key: value for key, value in whole.items() if key not in HARMLESS}
 
 
 def unlike(recipes: list[dict]) -> str:
