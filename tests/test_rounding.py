@@ -1,6 +1,5 @@
 """studies/rounding.py: its rounding is the kernels', and what is not rounded is the framework's."""
 
-import importlib.util
 import json
 import math
 import re
@@ -18,16 +17,7 @@ from model import GPT, GPTConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "studies"))  # as it is for a script of that directory
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "studies" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where its dataclass looks for itself
-    spec.loader.exec_module(module)
-    return module
-
-
-rounding = load("rounding")
+import rounding
 
 
 def away(ours, reference) -> float:
