@@ -172,6 +172,8 @@ def code_sha256() -> str:
         "optimizer.py",
         "parallel.py",
         "onednn.py",
+        "fused_cpu.py",
+        "fused_cpu.c",
         "place.py",
         "checkpoint.py",
     )

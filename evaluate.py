@@ -69,7 +69,7 @@ from tabulate import tabulate
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import onednn
+import fused_cpu
 from checkpoint import load_model
 from dataset import Pictures, Tokenizer, Tokens, prepare_if_missing, read_meta, write_file
 from figures import plt, save_figure
@@ -531,7 +531,7 @@ def load_subject(config: EvaluateConfig) -> tuple[Subject, dict]:
         raise InputError(f"--dataset={dataset} has changed since the checkpoint was trained: name it with --dataset to use it nevertheless")
     model = model.to(place.device).eval()
     if place.device.type == "cpu":
-        onednn.accelerate(model)
+        fused_cpu.accelerate(model)
     return Subject(model, data, place, config.eval_tokens, config.batch_size, config.seed), meta
 
 

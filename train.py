@@ -32,7 +32,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-import onednn
+import fused_cpu
 from dataset import Pictures, Tokens, load, prepare_if_missing
 from metrics import EVALUATION, Metrics
 from model import GPT, GPTConfig, ViT, ViTConfig
@@ -133,8 +133,8 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
     config, weights = checkpoint.starting_weights(config, "pictures" if isinstance(data, Pictures) else "text")
     model = make_model(config, data).to(place.device)
     compiled = place.device.type == "cuda" if config.compile is None else config.compile
-    if place.device.type == "cpu" and not compiled:  # the compiler has its own way to such products
-        onednn.accelerate(model)
+    if place.device.type == "cpu" and not compiled:  # the compiler has its own way to all that
+        fused_cpu.accelerate(model)
     cast_weights = None
     if place.device.type == "cuda" and compiled and place.dtype != torch.float32 and not config.label_smoothing:  # which needs the logits
         import fused  # needs Triton, which torch brings along on CUDA alone
