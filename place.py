@@ -80,6 +80,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def seed_generators(seed: int, place: Place):
+    """Seeds torch's global generators. On a CPU that device's alone: torch.manual_seed would note down, at each step, a call for a CUDA to come."""
+    torch.default_generator.manual_seed(seed) if place.device.type == "cpu" else torch.manual_seed(seed)
+
+
 def say(message: str):
     """One line to the person, without tearing a progress bar."""
     tqdm.write(message, file=sys.stdout)

@@ -39,7 +39,7 @@ from model import GPT, GPTConfig, ViT, ViTConfig
 from operators import make_known
 from optimizer import learning_rate, make_optimizer, reset, set_learning_rate
 from parallel import distribute, gather, gradient_sync, reshard, whole
-from place import Place, find_place, say, warn_if_long
+from place import Place, find_place, say, seed_generators, warn_if_long
 from signals import Interrupted, Signals
 
 DROPOUT_STREAM = 2  # SeedSequence keys (seed, stream, step, rank): dataset.py's data order is stream 1
@@ -157,6 +157,7 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
     graphed = graphed and (tokens <= GRAPH_TOKENS if config.cuda_graph is None else config.cuda_graph)
     optimizer = make_optimizer(config, objective, graphed)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
+    parameters = list(model.parameters())
 
     def loss_of(x, y):  # a batch -> its mean loss (what else an Objective says); the logits stay inside, where the compiler can fuse them
         with place.autocast():
@@ -190,7 +191,7 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
                 penalty = penalty + seen[1] * share
                 margins = [penalty, *seen[2:]]
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
         if prior is not None:  # apart, so that its gradients cannot shorten the model's steps
             torch.nn.utils.clip_grad_norm_(prior.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
@@ -230,11 +231,12 @@ def build(config: TrainConfig, place: Place, data: Tokens | Pictures | None = No
             fresh = torch.from_numpy(batch[micro_batch])
             examples.copy_(fresh.pin_memory() if examples.is_cuda else fresh, non_blocking=True)  # else the CPU waits here for the last step's end
         key = np.random.SeedSequence([seed, DROPOUT_STREAM, i, place.rank]).generate_state(1, np.uint64)[0]
-        torch.manual_seed(int(key >> 1))  # the global generators serve dropout, and with the keys of prior.py what is drawn there, first
+        seed_generators(int(key >> 1), place)  # the global ones serve dropout, and with the keys of prior.py what is drawn there, first
         set_learning_rate(optimizer, learning_rate(schedule, i))
         if extra:
             objective.set_step(i)
-        model.train()
+        if not model.training:  # a walk over all modules
+            model.train()
         return run()
 
     @torch.no_grad()
