@@ -117,6 +117,7 @@ KERNELS = {
     "matrix products": r"gemm|nvjet|cutlass|cublas|mkldnn|^_product_alone$|aten::(add|b)?mm$",
     "products with GELU inside": r"^_product$",
     "products with LayerNorm inside": r"^_product_add_norm$",
+    "whole branches": r"^_(Attention|MLP)Branch(Backward)?$",  # fused_cpu.c's
 }
 
 

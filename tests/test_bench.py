@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
+import fused_cpu
 from bench import BenchConfig, Products, spread, take_turns
 from configurator import InputError
 from dataset import ROOT, Tokens
@@ -212,11 +213,12 @@ def test_parts_of_training_are_for_training(arm, what):
 
 def test_the_profile_tells_products_and_attention_apart(tokens_dir, tmp_path, capsys):
     out = tmp_path / "figures.json"
-    bench.main(BenchConfig(arms="A", dataset=str(tokens_dir), rounds=1, steps=1, device="cpu", profile=True, out=str(out)))
-    (row,) = json.loads(out.read_text())["rows"]
-    kernels = row["kernels_ms"]
-    assert 0 < kernels["attention"] < kernels["matrix products"] < kernels["all"]
-    assert f"ms a step: attention {kernels['attention']:.3f}, matrix products" in capsys.readouterr().out
+    bench.main(BenchConfig(arms="plain,A", dataset=str(tokens_dir), rounds=1, steps=1, device="cpu", profile=True, out=str(out)))
+    plain, ours = (row["kernels_ms"] for row in json.loads(out.read_text())["rows"])
+    assert 0 < plain["attention"] < plain["matrix products"] < plain["all"] and plain["whole branches"] == 0
+    if fused_cpu.library() is not None:  # attention and most products are inside
+        assert ours["attention"] == 0 < ours["matrix products"] < ours["whole branches"] < ours["all"]
+    assert f"ms a step: attention {plain['attention']:.3f}, matrix products" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -230,6 +232,8 @@ def test_the_profile_tells_products_and_attention_apart(tokens_dir, tmp_path, ca
         ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "matrix products"),
         ("void cutlass::Kernel2<cutlass_80_tensorop_s1688gemm_128x64_32x6_nt_align4>", "matrix products"),
         ("aten::addmm", "matrix products"),
+        ("_MLPBranchBackward", "whole branches"),
+        ("autograd::engine::evaluate_function: _MLPBranchBackward", None),
         ("_cross_entropy", None),
         ("aten::add", None),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel", None),
