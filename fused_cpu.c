@@ -259,6 +259,7 @@ static void norm(long rows, long C, const float *x, const float *gain, float *n,
 #pragma omp simd reduction(+ : square)
         for (long c = 0; c < C; c++) square += (x[c] - mean) * (x[c] - mean);
         float scale = 1 / sqrtf(square / C + 1e-5f);
+#pragma omp simd
         for (long c = 0; c < C; c++) n[c] = (x[c] - mean) * scale * gain[c];
         stats[2 * i] = mean, stats[2 * i + 1] = scale;
     }
@@ -276,6 +277,7 @@ static void norm_backward(long rows, long C, const float *x, const float *gain, 
             sum += g, along += g * hat;
         }
         sum /= C, along /= C;
+#pragma omp simd
         for (long c = 0; c < C; c++) dx[c] = dout[c] + scale * (dn[c] * gain[c] - sum - (x[c] - mean) * scale * along);
     }
 }
@@ -334,6 +336,12 @@ INLINE void softmax(long count, long end, float scale, float *p, float *soft, in
     }
 }
 
+/* y = lambda (y - alpha v), d numbers each */
+INLINE void subtract(long d, float alpha, float lambda, const float *v, float *y) {
+#pragma omp simd
+    for (long c = 0; c < d; c++) y[c] = lambda * (y[c] - alpha * v[c]);
+}
+
 /* One head of one sequence: qkv (T, 3 C) and y (T, C) at its first channel */
 static void attend(const Heads *s, int diffuses, const float *qkv, float *y, float *soft, float *room) {
     long T = s->T, C = s->C, d = s->d, ld = 3 * C;
@@ -347,8 +355,7 @@ static void attend(const Heads *s, int diffuses, const float *qkv, float *y, flo
         for (long r = 0; r < m; r++) softmax(s->causal ? i + r + 1 : T, end, s->scale, p + r * s->padded_T, soft + 2 * (i + r), 1);
         product(0, m, d, end, p, s->padded_T, 1, values, T, y + i * C, C, 0);
         if (diffuses)
-            for (long r = i; r < i + m; r++)
-                for (long c = 0; c < d; c++) y[r * C + c] = s->lambda * (y[r * C + c] - s->alpha * v[r * ld + c]);
+            for (long r = i; r < i + m; r++) subtract(d, s->alpha, s->lambda, v + r * ld, y + r * C);
     }
 }
 
@@ -372,6 +379,7 @@ static void attend_backward(const Heads *s, int diffuses, const float *qkv, cons
             softmax(s->causal ? i + r + 1 : T, end, s->scale, pr, soft + 2 * (i + r), 0);
 #pragma omp simd reduction(+ : sum)
             for (long j = 0; j < end; j++) sum += pr[j] * dr[j];
+#pragma omp simd
             for (long j = 0; j < end; j++) dr[j] = pr[j] * (dr[j] - sum) * (s->scale * lambda);
         }
         product(0, m, d, end, ds, P, 1, key_rows, T, dqkv + i * ld, ld, 0);
@@ -381,8 +389,7 @@ static void attend_backward(const Heads *s, int diffuses, const float *qkv, cons
         product(0, end, d, m, p, 1, P, upstream, m, dv, ld, 1);
     }
     if (diffuses)
-        for (long r = 0; r < T; r++)
-            for (long c = 0; c < d; c++) dv[r * ld + c] = lambda * (dv[r * ld + c] - s->alpha * dy[r * C + c]);
+        for (long r = 0; r < T; r++) subtract(d, s->alpha, lambda, dy + r * C, dv + r * ld);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------------------
