@@ -73,8 +73,8 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 (AVX512_BF16)."""
-    return torch.cpu._is_avx512_bf16_supported()
+    """Whether bfloat16 is worth while here: the processor multiplies it (AVX512_BF16), and has no tiles (AMX), which torch uses and this does not."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def call(name: str, *arguments):

@@ -12,7 +12,7 @@ from model import GPT, Block, CausalSelfAttention, GPTConfig, ViT, ViTConfig
 usable = pytest.mark.skipif(fused_cpu.library() is None, reason="no Linux on x86-64 with AVX-512, or no C compiler")
 DIFFUSION = [{}, {"diffusion": True}, {"diffusion": True, "diffusion_heads": (1,), "diffusion_alpha": 0.7, "diffusion_lambda": 1.3}]
 SHAPES = [(4, 128, 64, 12), (3, 120, 37, 5), (2, 34, 70, 3), (1, 5, 1, 1), (2, 96, 130, 2)]  # heads, channels, tokens, sequences
-HALF = [False, pytest.param(True, marks=pytest.mark.skipif(not fused_cpu.has_bfloat16(), reason="no AVX512_BF16"))]
+HALF = [False, pytest.param(True, marks=pytest.mark.skipif(not fused_cpu.has_bfloat16(), reason="no AVX512_BF16, or AMX beside it"))]
 
 
 @pytest.fixture
@@ -143,8 +143,8 @@ def test_strided_inputs_and_gradients_are_taken():
 
 
 @usable
-@pytest.mark.parametrize("case", ["dropout", "cache", "taps", "float64", "float16", "empty"])
-def test_where_the_functions_do_not_apply_the_block_is_the_models_own(calls, case):
+@pytest.mark.parametrize("case", ["dropout", "cache", "taps", "float64", "float16", "tiles", "empty"])
+def test_where_the_functions_do_not_apply_the_block_is_the_models_own(calls, monkeypatch, case):
     config = GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=2, n_embd=16, dropout=0.5 if case == "dropout" else 0.0)
     block, own = (GPT(config).transformer.h[0] for _ in range(2))
     fused_cpu.accelerate(block)
@@ -156,10 +156,14 @@ def test_where_the_functions_do_not_apply_the_block_is_the_models_own(calls, cas
         from model import KVCache
 
         arguments = {"cache": KVCache(config, 2, "cpu", torch.float32)}
+    autocast = {"float16": torch.float16, "tiles": torch.bfloat16}.get(case)
+    if case == "tiles":  # a processor whose bfloat16 torch multiplies faster
+        monkeypatch.setattr(fused_cpu, "has_bfloat16", lambda: False)
+        onednn.accelerate(own)
     results = []
     for module in (block, own):
         torch.manual_seed(0)  # of dropout
-        with torch.autocast("cpu", torch.float16, enabled=case == "float16"):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             results.append(module(x, **arguments))
     torch.testing.assert_close(*results)
     assert calls == [] and results[0].dtype == x.dtype and (case != "taps" or len(arguments["taps"]) == 2)
