@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from pages import IN_README, IN_RESULTS, RESULTS, ROOT, paired, report_of, words
+from pages import IN_README, IN_RESULTS, IN_STUDIES, RESULTS, ROOT, paired, report_of, words
 from scipy import stats
 
 
@@ -277,6 +277,12 @@ def test_which_layer_is_the_committed_report():
         rows.append(re.sub(" +", " ", f"| {name} | {sum(values) / 6:.4f} ± {stats.tstd(values):.4f} | {' | '.join(cells)} |"))
     assert RESULTS[RESULTS.index("| heads with A − I | | against A | six in") :].partition("\n\n")[0].splitlines()[2:] == rows
 
+    means = [words(paired(one, other)[0]) for one, other in ((a, first), (sixth, first), (last, first), (control, first))]
+    sentence = "the first layer are ahead of A ({}), of the sixth ({}), of the last ({}) and of the control ({}), each interval without 0;"
+    assert sentence.format(*means) in IN_STUDIES and all(paired(some, first)[2] < 0 for some in (a, sixth, last, control))
+    means = [words(paired(a, some)[0]) for some in (last, two, sixth, control)]
+    assert "the last ({}) and two heads of the first ({}) are ahead of A, the sixth ({}) and the control ({}) undecided.".format(*means) in IN_STUDIES
+
     others = a, sixth, last, control
     assert all(first[seed] < some[seed] for some in others for seed in some), "in six pairs of six each"
 
@@ -305,6 +311,8 @@ def test_which_layer_is_the_committed_report():
 def test_what_a_repetition_of_gpt2_moves_is_the_committed_table():
     found = json.loads((ROOT / "results" / "gpt2_which" / "repeats.json").read_text())
     pooled, (a, first) = found["pooled"], found["differences"].values()
+    means = [words(entry["mean"], "+") for entry in (a, first)]
+    assert "A {}, the first layer's six heads {}, neither told from 0.".format(*means) in IN_STUDIES
     assert found["reports"] == ["gpt2_which", "gpt2_where"] and pooled["n"] == 12
     flat = [words(x, "+") for entry in (a, first, pooled) for x in (entry["mean"], *entry["interval"])]
     assert "by {} ({} to {}) for A and {} ({} to {}) for the six heads, over both by {} ({} to {}), as if".format(*flat) in IN_RESULTS

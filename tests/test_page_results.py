@@ -6,7 +6,7 @@ import math
 import re
 import sys
 
-from pages import IN_README, IN_RESULTS, IN_SPEED, RESULTS, ROOT, paired, report_of, words
+from pages import IN_README, IN_RESULTS, IN_SPEED, IN_STUDIES, RESULTS, ROOT, paired, report_of, words
 from scipy import stats
 
 
@@ -172,6 +172,7 @@ def test_the_words_about_the_edges_are_the_committed_reports():
     sentence = "A {}, A − I {}, {}, p = {:.3f} ([pairs]".format(*shown, interval, twenty["sign_flip_p"])
     assert sentence in IN_RESULTS and twenty["seeds"] == list(range(1, 21))
     assert f"A − I is behind what A has in 2000, by {twenty['mean']:.4f} on twenty seeds." in IN_README
+    assert f"`shakespeare_char_edges`: {words(pair['mean'], '+')} (" in IN_STUDIES and f"not judged, {interval}." in IN_STUDIES
     assert f"behind by {pair['mean']:.3f}, only just told apart, with a schedule of its own too." in IN_README
 
 
