@@ -1,4 +1,4 @@
-"""Arms of several comparisons, every pair of them: python studies/across.py results/gpt2_own_rates results/gpt2
+"""Arms of one comparison or of several, every pair of them: python studies/across.py results/gpt2_own_rates results/gpt2
 
 Reads the report.json of each and writes across.json, across.md and across.png into the first directory: the endpoint of every arm, the paired
 difference of every two over the seeds that both have, and their curves; arms without diffusion come first. Refuses reports that do not belong
@@ -121,7 +121,7 @@ def tables(whole: dict, arms: dict, pairs: dict, folders: list) -> str:
 
 def main(arguments: list[str]):
     """Raises InputError."""
-    found = read_reports(arguments, __doc__, 2, 9)
+    found = read_reports(arguments, __doc__, 1, 9)
     whole = together([report for _, report in found])
     arms = endpoints(whole)
     pairs = differences(arms)

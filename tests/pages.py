@@ -12,6 +12,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 README = PAGES["README.md"]
 RESULTS, THEORY, BARRIER, SPEED = (PAGES[f"docs/{name}.md"] for name in ("results", "theory", "barrier", "speed"))
 IN_README, IN_RESULTS, IN_THEORY, IN_BARRIER, IN_SPEED = (" ".join(page.split()) for page in (README, RESULTS, THEORY, BARRIER, SPEED))
+IN_STUDIES = " ".join(PAGES["studies/README.md"].split())
 
 
 def report_of(name: str) -> dict:

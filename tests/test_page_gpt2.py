@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from pages import IN_README, IN_RESULTS, RESULTS, ROOT, paired, report_of, words
+from pages import IN_README, IN_RESULTS, IN_STUDIES, RESULTS, ROOT, paired, report_of, words
 from scipy import stats
 
 
@@ -252,3 +252,69 @@ def test_where_in_the_network_is_the_committed_report():
     for one, other in ((1, 2), (1, 3), (2, 3)):
         _, low, high = paired(losses[one], losses[other])
         assert low < 0 < high
+
+
+def test_which_layer_is_the_committed_report():
+    """And that every pair that it names is in across.json, which test_studies.py compares with the report."""
+    sys.path.append(str(ROOT / "studies"))
+    from seeds_needed import power
+
+    report, where = report_of("gpt2_which"), report_of("gpt2_where")
+    losses = [{cell["seed"]: cell["val_loss"] for cell in arm["cells"]} for arm in report["arms"].values()]
+    assert all(sorted(some) == [7, 8, 9, 10, 11, 12] for some in losses) and report["endpoint"] == "last"
+    heads = [report["provenance"]["configs"][name]["diffusion_heads"] for name in report["arms"]][1:]
+    assert [(max(some), some.index(max(some))) for some in heads] == [(6, 0), (6, 5), (6, 11), (2, 0), (6, 0)] and all(
+        len(some) == 12 for some in heads
+    )
+    a, first, sixth, last, two, control = losses
+    names = ["none (A)", "six of twelve in the first layer alone", "six of twelve in the sixth alone", "six of twelve in the last alone"]
+    names += ["two of twelve in the first alone", "none, six of twelve in the first with 0.5 A (control)"]
+    rows = []
+    for name, some in zip(names, losses, strict=True):
+        pairs = [paired(a, some) if some is not a else None, paired(some, first) if some in (sixth, last, control) else None]
+        cells = ["{} ({} to {})".format(*(words(x, "+") for x in pair)) if pair else "" for pair in pairs]
+        values = list(some.values())
+        rows.append(re.sub(" +", " ", f"| {name} | {sum(values) / 6:.4f} ± {stats.tstd(values):.4f} | {' | '.join(cells)} |"))
+    assert RESULTS[RESULTS.index("| heads with A − I | | against A | six in") :].partition("\n\n")[0].splitlines()[2:] == rows
+
+    means = [words(paired(one, other)[0]) for one, other in ((a, first), (sixth, first), (last, first), (control, first))]
+    sentence = "the first layer are ahead of A ({}), of the sixth ({}), of the last ({}) and of the control ({}), each interval without 0;"
+    assert sentence.format(*means) in IN_STUDIES and all(paired(some, first)[2] < 0 for some in (a, sixth, last, control))
+    means = [words(paired(a, some)[0]) for some in (last, two, sixth, control)]
+    assert "the last ({}) and two heads of the first ({}) are ahead of A, the sixth ({}) and the control ({}) undecided.".format(*means) in IN_STUDIES
+
+    others = a, sixth, last, control
+    assert all(first[seed] < some[seed] for some in others for seed in some), "in six pairs of six each"
+
+    def p_of(one, other):
+        return stats.ttest_1samp([other[seed] - one[seed] for seed in one], 0).pvalue
+
+    corrected = [8 * p_of(some, first) for some in others]
+    sentence = "Multiplied by eight, the p values of their t tests are {:.3f}, {:.3f}, {:.3f} and {:.3f}; the sign-flip"
+    assert sentence.format(*corrected) in IN_RESULTS and max(corrected) < 0.05
+    flips = [pair["last"]["sign_flip_p"] for pair in report["pairs"].values()]
+    assert "though not by the sign-flip test (p = {:.3f} and {:.3f}), nor after a correction;".format(*flips[2:4]) in IN_RESULTS
+    assert all(paired(a, some)[2] < 0 and 8 * p_of(a, some) > 0.05 for some in (last, two))
+    assert "two are behind six by {:.4f} ({:.4f} to {:.4f}), a comparison".format(*paired(first, two)) in IN_RESULTS
+    for some, found in ((sixth, 0.044), (control, 0.024)):
+        _, low, high = paired(a, some)
+        sd = stats.tstd([some[seed] - a[seed] for seed in a])
+        assert low < 0 < high and power(found, sd, 6) > 0.8 > power(found - 0.001, sd, 6)
+    assert "six pairs find a difference of 0.044 and of 0.024 four times in five" in IN_RESULTS
+    lead = -paired(a, first)[0]
+    assert all(-paired(a, some)[0] < lead / 2 for some in (sixth, last)), "less than half of it on average"
+    without = [{cell["seed"]: cell["val_loss"] for cell in arm["cells"]} for arm in where["arms"].values()]
+    assert abs(paired(without[0], without[2])[0] + lead) < 0.0025, "all layers but the first had as much"
+    assert f"of the first layer alone lead by {lead:.3f}, six of the sixth or the last by less, six of all but the first by as much." in IN_README
+
+
+def test_what_a_repetition_of_gpt2_moves_is_the_committed_table():
+    found = json.loads((ROOT / "results" / "gpt2_which" / "repeats.json").read_text())
+    pooled, (a, first) = found["pooled"], found["differences"].values()
+    means = [words(entry["mean"], "+") for entry in (a, first)]
+    assert "A {}, the first layer's six heads {}, neither told from 0.".format(*means) in IN_STUDIES
+    assert found["reports"] == ["gpt2_which", "gpt2_where"] and pooled["n"] == 12
+    flat = [words(x, "+") for entry in (a, first, pooled) for x in (entry["mean"], *entry["interval"])]
+    assert "by {} ({} to {}) for A and {} ({} to {}) for the six heads, over both by {} ({} to {}), as if".format(*flat) in IN_RESULTS
+    sentence = "difference is {:.4f}, at most it is {:.4f}, and that of two seeds of one arm is {:.4f}"
+    assert sentence.format(pooled["sd"], max(map(abs, pooled["differences"])), pooled["of_seeds"]) in IN_RESULTS

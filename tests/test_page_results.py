@@ -4,8 +4,9 @@ import itertools
 import json
 import math
 import re
+import sys
 
-from pages import IN_README, IN_RESULTS, IN_SPEED, RESULTS, ROOT, paired, report_of, words
+from pages import IN_README, IN_RESULTS, IN_SPEED, IN_STUDIES, RESULTS, ROOT, paired, report_of, words
 from scipy import stats
 
 
@@ -116,7 +117,63 @@ def test_the_words_about_longer_schedules_are_the_committed_reports():
     assert sentence.format(*shown, difference) in IN_RESULTS and pair["best"]["n"] == 10
     low, high = pair["best"]["interval"]
     assert low < 0 < high and "it stays behind by up to {:.3f} is not excluded".format(high) in IN_RESULTS
-    assert "A − I is not shown to beat in 4000 steps what A has in 2000." in IN_README
+
+
+def test_the_words_about_the_edges_are_the_committed_reports():
+    """The choice by the rule of studies/README.md, from all three reports, and the pairs on new seeds."""
+    sys.path.append(str(ROOT / "studies"))
+    from seeds_needed import power
+
+    reports = {name: report_of(f"shakespeare_char_{name}_rates") for name in ("in_time", "lengths", "edges")}  # of what two have the later counts
+    tuned = {name: [cell["best_val_loss"] for cell in arm["cells"]] for report in reports.values() for name, arm in report["arms"].items()}
+    assert all([cell["seed"] for cell in arm["cells"]] == [101, 102, 103, 104] for report in reports.values() for arm in report["arms"].values())
+    assert not any("diverged_at" in cell for report in reports.values() for arm in report["arms"].values() for cell in arm["cells"])
+    made = [(report["provenance"]["code_sha256"], report["provenance"]["device"]) for report in reports.values()]
+    assert [len(set(some)) for some in zip(*made)] == [3, 2], "three versions of the code, two kinds of GPU"
+    means, lengths, chosen, behind = {}, (1500, 2000, 2500, 3000, 4000, 5000), [], {}
+    for arm, label in (("", "A"), ("_laplacian", "A − I")):
+        schedules = list(itertools.product(("2.5e-4", "5e-4", "1e-3", "2e-3"), lengths))
+        own = {(rate, n): tuned[f"shakespeare_char{arm}_learning_rate={rate}_max_iters={n}"] for rate, n in schedules}
+        means[arm] = {at: sum(losses) / 4 for at, losses in own.items()}
+        for rate in ("2.5e-4", "2e-3"):
+            assert f"| {label} at {rate} | {' | '.join(words(means[arm][rate, n]) for n in lengths)} |\n" in RESULTS
+        chosen.append(sorted(means[arm], key=means[arm].get)[:2])
+        behind[arm] = own
+    assert len(tuned) == 48 and chosen == [[("1e-3", 2000), ("2e-3", 2000)], [("5e-4", 4000), ("1e-3", 3000)]]
+    best = [words(means[arm][at]) for arm, at in (("", chosen[0][0]), ("", chosen[0][1]), ("_laplacian", chosen[1][0]))]
+    assert "A in 2000 steps at 1e-3 ({}; next 2000 at 2e-3, {}), A − I in 4000 at 5e-4 ({}; 3000 at 1e-3 are level".format(*best) in IN_RESULTS
+    fall = means["_laplacian"]["2.5e-4", 4000] - means["_laplacian"]["2.5e-4", 5000]
+    assert f"whose loss still falls by {fall:.4f} from 4000 to 5000" in IN_RESULTS
+    flags = {at: [b > a for a, b in zip(losses, behind["_laplacian"][at])] for at, losses in behind[""].items()}
+    small, large = (
+        [flag for (rate, n), some in flags.items() if rate == of and n >= least for flag in some] for of, least in (("2.5e-4", 0), ("2e-3", 3000))
+    )
+    assert f"behind in {sum(small)} pairs of {len(small)} at 2.5e-4, and in {sum(large)} of {len(large)} at 2e-3" in IN_RESULTS
+
+    report, older = report_of("shakespeare_char_edges"), report_of("shakespeare_char_lengths")
+    assert [name.partition("learning_rate=")[2] for name in report["arms"]] == ["1e-3_max_iters=2000", "5e-4_max_iters=4000"]
+    assert list(report["arms"]) == list(older["arms"]) and report["provenance"]["device"] != older["provenance"]["device"]
+    assert all(sorted(cell["seed"] for cell in arm["cells"]) == list(range(11, 21)) for arm in report["arms"].values())
+    (pair,) = (pairs["best"] for pairs in report["pairs"].values())
+    shown = [f"{words(arm['best_val_loss']['mean'])} ± {arm['best_val_loss']['sd']:.4f}" for arm in report["arms"].values()]
+    interval = "{} ({} to {})".format(*(words(x, "+") for x in (pair["mean"], *pair["interval"])))
+    behind_on = sum(x > 0 for x in pair["differences"])
+    assert "A {}, A − I {}, {}, behind on seven seeds of ten,".format(*shown, interval) in IN_RESULTS and (behind_on, pair["n"]) == (7, 10)
+    p, (low, high) = f"sign-flip p = {pair['sign_flip_p']:.3f}", pair["interval"]
+    assert p in IN_RESULTS and f"on new seeds; {p} |" in IN_README and pair["sign_flip_p"] > 0.05
+    assert f"The interval begins at {low:.5f}:" in IN_RESULTS and f"the interval of the ten ends at {high:.4f}." in IN_RESULTS and low > 0
+    assert power(0.006, pair["sd"], 10) > 0.8 > 0.6 > power(pair["mean"], pair["sd"], 10)
+
+    both = json.loads((ROOT / "results" / "shakespeare_char_edges" / "across.json").read_text())
+    (twenty,) = both["pairs"].values()
+    values = [list(arm.values()) for arm in both["arms"].values()]
+    shown = [f"{sum(some) / 20:.4f} ± {stats.tstd(some):.4f}" for some in values]
+    interval = "{} ({} to {})".format(*(words(x, "+") for x in (twenty["mean"], *twenty["interval"])))
+    sentence = "A {}, A − I {}, {}, p = {:.3f} ([pairs]".format(*shown, interval, twenty["sign_flip_p"])
+    assert sentence in IN_RESULTS and twenty["seeds"] == list(range(1, 21))
+    assert f"A − I is, only just, behind what A has in 2000, by {twenty['mean']:.4f} on twenty seeds." in IN_README
+    assert f"`shakespeare_char_edges`: {words(pair['mean'], '+')} (" in IN_STUDIES and f"not judged, {interval}." in IN_STUDIES
+    assert f"behind by {pair['mean']:.3f}, only just told apart, with a schedule of its own too." in IN_README
 
 
 def test_the_words_about_repetitions_are_the_committed_table():

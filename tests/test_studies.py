@@ -576,9 +576,19 @@ def test_comparisons_that_do_not_belong_together():
     for value in (float("nan"), "x"):
         with pytest.raises(InputError, match="is not one of compare.py"):
             across.endpoints(across.together([one, comparison_of({"B": {"config": {}, 1: value}})]))
-    for arguments in (["one"], [], ["a", "-b"]):
-        with pytest.raises(InputError, match="name 2 directories or more with a report.json"):
+    for arguments in ([], ["a", "-b"], [str(STUDIES)]):
+        with pytest.raises(InputError, match="name (a directory|directories) with a report.json"):
             across.main(arguments)
+
+
+def test_every_pair_of_one_comparison(tmp_path):
+    half = {"diffusion": True}
+    arms = {"A": {"config": {}, 1: 1.0, 2: 2.0}, "one": {"config": half, 1: 1.5, 2: 2.0}, "two": {"config": half, 1: 3.0, 2: 4.0}}
+    (tmp_path / "report.json").write_text(json.dumps(comparison_of(arms)))
+    across.main([str(tmp_path)])
+    pairs = json.loads((tmp_path / "across.json").read_text())["pairs"]
+    found = {name: pair["differences"] for name, pair in pairs.items()}
+    assert found == {"one − A": [0.5, 0.0], "two − A": [2.0, 2.0], "two − one": [1.5, 2.0]}
 
 
 def test_what_a_repetition_moves(tmp_path, capsys):
@@ -624,8 +634,9 @@ def test_what_a_repetition_moves(tmp_path, capsys):
     assert (tmp_path / "new" / "repeats.md").read_text() == text
 
 
-def test_the_committed_table_of_repetitions_is_that_of_its_reports():
-    folder = front_page.RESULTS / "shakespeare_char_lengths"
+@pytest.mark.parametrize("directory", sorted(path.parent.name for path in front_page.RESULTS.glob("*/repeats.json")))
+def test_the_committed_table_of_repetitions_is_that_of_its_reports(directory):
+    folder = front_page.RESULTS / directory
     committed = json.loads((folder / "repeats.json").read_text())
     reports = [json.loads((folder.parent / name / "report.json").read_text()) for name in committed["reports"]]
     found = repeats.repeated(reports)
