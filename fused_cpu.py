@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 import onednn
-from model import Block, CausalSelfAttention
+from model import MLP, Block, CausalSelfAttention
 from place import say
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -37,34 +38,41 @@ SIGNATURES = {
 }
 
 
-def compiled(half: bool) -> Path:
-    """The library made from SOURCE, compiled now if that has not been done. Raises OSError or CalledProcessError where it cannot be."""
-    compiler = os.environ.get("CC", "cc")
+def compiled(half: bool) -> ctypes.PyDLL:
+    """The library made from SOURCE, compiled now if that has not been done or its file is damaged.
+
+    Raises OSError or CalledProcessError where it cannot be. A PyDLL holds Python's lock, and so its memory pool has one user at a time.
+    """
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     flags = FLAGS + ["-mavx512bf16"] * half
-    key = hashlib.sha256(" ".join([compiler, *flags]).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(" ".join([*compiler, *flags]).encode() + SOURCE.read_bytes()).hexdigest()[:16]
     target = SOURCE.parent / "__pycache__" / f"{SOURCE.stem}.{key}.so"
-    if not target.exists():
-        if shutil.which(compiler) is None:
-            raise OSError(f"no C compiler {compiler} (the system's package gcc has cc; $CC names another)")
-        target.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            # linked with nothing: OpenMP, the mathematics and malloc are those that torch has loaded, so that one pool of threads serves both
-            made = Path(folder) / target.name
-            subprocess.run([compiler, *flags, "-shared", "-nostdlib", str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
-            made.replace(target)
-    return target
+    try:
+        return ctypes.PyDLL(str(target))
+    except OSError:
+        if shutil.which(compiler[0]) is None:
+            raise OSError(f"no C compiler {compiler[0]} (the system's package gcc has cc; $CC names another)") from None
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        # linked with nothing: OpenMP, the mathematics and malloc are those that torch has loaded, so that one pool of threads serves both
+        made = Path(folder) / target.name
+        subprocess.run([*compiler, *flags, "-shared", "-nostdlib", str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+        found = ctypes.PyDLL(str(made))
+        made.replace(target)
+    return found
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The functions of fused_cpu.c, or None: on other processors and systems, and, after a note, where they cannot be compiled."""
+def library() -> ctypes.PyDLL | None:
+    """The functions of fused_cpu.c, or None: on other processors and systems, and, after a note, where they cannot be compiled or loaded."""
     if not (sys.platform == "linux" and platform.machine() == "x86_64" and torch.cpu._is_avx512_supported()):
         return None
     try:
-        found = ctypes.PyDLL(str(compiled(has_bfloat16())))  # PyDLL holds Python's lock, and so its memory pool has one user at a time
+        found = compiled(has_bfloat16())
     except (OSError, subprocess.CalledProcessError) as e:
-        why = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
-        say(f"note: training on this CPU is slower than it could be, since fused_cpu.c cannot be compiled: {why[0] if why else e}")
+        lines = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+        why = next((line for line in lines if "error" in line), lines[0] if lines else type(e).__name__)
+        say(f"note: training on this CPU is slower than it could be, since fused_cpu.c cannot be used: {why}")
         return None
     for name, arguments in SIGNATURES.items():
         getattr(found, name).argtypes = arguments
@@ -78,9 +86,14 @@ def has_bfloat16() -> bool:
 
 
 def call(name: str, *arguments):
-    """A function of the library on numbers and on contiguous float32 tensors. Raises MemoryError."""
+    """A function of the library on numbers and on contiguous float32 tensors, or None where nothing is wanted. Raises MemoryError."""
     if not getattr(library(), name)(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)):
         raise MemoryError(f"fused_cpu.c's {name} found no memory for its scratch")
+
+
+def wanted(ctx, *weights) -> list[torch.Tensor | None]:
+    """Room for the gradients of those of a branch's weights, which follow x among its inputs, that need one."""
+    return [torch.empty_like(weight) if needed else None for weight, needed in zip(weights, ctx.needs_input_grad[1:])]
 
 
 class _AttentionBranch(torch.autograd.Function):
@@ -98,7 +111,7 @@ class _AttentionBranch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         x, gain, w_qkv, w_out, *_ = saved = ctx.saved_tensors
-        results = [torch.empty_like(t) for t in (x, gain, w_qkv, w_out)]
+        results = [torch.empty_like(x), *wanted(ctx, gain, w_qkv, w_out)]
         call("attention_backward", *x.shape, *ctx.heads, ctx.half, *saved, dout.contiguous(), *results)
         return *results, None, None
 
@@ -119,20 +132,25 @@ class _MLPBranch(torch.autograd.Function):
     def backward(ctx, dout):
         x, gain, w_in, w_out, *_ = saved = ctx.saved_tensors
         F, C = w_in.shape
-        results = [torch.empty_like(t) for t in (x, gain, w_in, w_out)]
+        results = [torch.empty_like(x), *wanted(ctx, gain, w_in, w_out)]
         call("mlp_backward", x.numel() // C, C, F, ctx.half, *saved, dout.contiguous(), *results)
         return *results, None
 
 
 class FusedBlock(Block):
-    """The model's block by the two functions above wherever they apply: on the CPU in float32, without dropout, cache and taps."""
+    """The model's block by the two functions above wherever they apply: on the CPU in float32, without dropout, cache and taps.
+
+    Its submodules are not called then, and so hooks on them are not either.
+    """
 
     def applies(self, x) -> bool:
         """Whether x and the weights are what fused_cpu.c takes, nothing is dropped, and autocast, if any, has a dtype that it knows."""
-        drops = self.training and self.attn.dropout > 0
-        plain = x.device.type == "cpu" and x.dtype == self.ln_1.weight.dtype == torch.float32 and x.numel() > 0
+        attention, mlp, C, F = self.attn, self.mlp, x.size(-1), self.mlp.c_fc.out_features
+        shapes = {self.ln_1: (C,), attention.c_attn: (3 * C, C), attention.c_proj: (C, C), self.ln_2: (C,), mlp.c_fc: (F, C), mlp.c_proj: (C, F)}
         known = not torch.is_autocast_enabled("cpu") or (torch.get_autocast_dtype("cpu") == torch.bfloat16 and has_bfloat16())
-        return plain and known and not drops
+        drops = self.training and max(attention.dropout, attention.resid_dropout.p, mlp.dropout.p) > 0
+        plain = x.dim() == 3 and x.numel() > 0 and all(t.dtype == torch.float32 and t.is_cpu for t in (x, *(m.weight for m in shapes)))
+        return known and not drops and plain and all(m.weight.shape == shape and m.weight.is_contiguous() for m, shape in shapes.items())
 
     def forward(self, x, cache=None, taps=None):
         if cache is not None or taps is not None or not self.applies(x):
@@ -143,12 +161,19 @@ class FusedBlock(Block):
         return _MLPBranch.apply(x, self.ln_2.weight, mlp.c_fc.weight, mlp.c_proj.weight, half)
 
 
+def fusible(block: torch.nn.Module) -> bool:
+    """Whether a module is the model's block with ordinary attention, the exact GELU and no biases."""
+    if not (type(block) is Block and type(block.attn) is CausalSelfAttention and type(block.mlp) is MLP and block.mlp.gelu.approximate == "none"):
+        return False
+    return not any(name.endswith("bias") for name, _ in block.named_parameters())
+
+
 def accelerate(model: torch.nn.Module):
-    """Turns the blocks of `model` into those above where they have ordinary attention and no biases, and all else into onednn.py's, in place.
+    """Turns the blocks of `model` that are `fusible` into those above, and all else into onednn.py's, in place.
 
     Parameters and their names stay, and what a block computes when the functions do not apply to it.
     """
-    for block in [module for module in model.modules() if type(module) is Block]:
-        if type(block.attn) is CausalSelfAttention and block.ln_1.bias is None and library() is not None:
+    for block in [module for module in model.modules() if fusible(module)]:
+        if library() is not None:
             block.__class__ = FusedBlock
     onednn.accelerate(model)
