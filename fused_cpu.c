@@ -8,7 +8,7 @@ bfloat16, whose products are summed in float32. The right operand is in panels o
 columns, 24 of the 32 registers. Attention's own products are in float32 always.
 
 R = B T rows, C channels, H heads of d = C / H, F = 4 C. n is LN x; `stats` holds each row's mean and 1 / deviation, `soft` each attention row's
-largest logit and 1 / sum. */
+largest q k and 1 / sum. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -79,12 +79,12 @@ INLINE void tile(int half, int m, long L, const float *a, long ai, long al, cons
     }
 }
 
-/* c (m, n) = or += a b; a panel of b has `stride` lanes' rows of memory */
+/* c (m, n) = or += a b, the rows of c by twelves and what is left by 8, 4, 2 and 1; a panel of b has `stride` rows of memory */
 static void product(int half, long m, long n, long L, const float *a, long ai, long al, const float *b, long stride, float *c, long ldc, int add) {
     for (long j = 0; j < n; j += PANEL, b += PANEL * stride)
         for (long i = 0, rows; i < m; i += rows) {
             rows = m - i >= 12 ? 12 : m - i >= 8 ? 8 : m - i >= 4 ? 4 : m - i >= 2 ? 2 : 1;
-            switch (half ? rows + HALF : rows) {
+            switch (half ? rows + HALF : rows) { /* constants, so that a tile's sums are in registers */
 #define CASE(rows)                                                                                                                             \
     case rows:                                                                                                                                 \
         tile(0, rows, L, a + i * ai, ai, al, b, c + i * ldc + j, ldc, add, first(n - j), first(n - j - 16));                                   \

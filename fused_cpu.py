@@ -28,7 +28,7 @@ from model import MLP, Block, CausalSelfAttention
 from place import say
 
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ["-O2", "-fno-math-errno", "-fopenmp", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+FLAGS = ["-O3", "-fno-math-errno", "-fopenmp", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 L, I, F, P = ctypes.c_long, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 SIGNATURES = {
     "attention_forward": [L] * 4 + [I, L, F, F, I] + [P] * 10,
