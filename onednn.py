@@ -20,8 +20,8 @@ from model import CausalSelfAttention
 def full_width(cpuinfo: str) -> bool:
     """Whether the processor that /proc/cpuinfo describes is known to have 512 bits in its units: AMD's from family 26 (Zen 5) on.
 
-    By name and not by a trial, whose outcome would change from run to run, and with it the order of sums. Of Intel's nothing has been measured; there
-    MKL uses AVX-512.
+    By name and not by a trial, whose outcome would change from run to run, and with it the order of sums. On Intel's, where MKL uses AVX-512, oneDNN
+    for the other two products wins nothing: a step of config/quick.py took 1.03 of nanoGPT's way on one (LOG.md).
     """
     family = re.search(r"^cpu family\s*:\s*(\d+)$", cpuinfo, re.MULTILINE)
     return "AuthenticAMD" in cpuinfo and family is not None and int(family[1]) >= 26
