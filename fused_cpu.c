@@ -303,7 +303,7 @@ typedef struct {
     int causal;
     long diffusing;
     float alpha, lambda;
-    long d, padded_T, padded_d; /* set by `sizes`, as is: */
+    long d, padded_T, padded_d; /* these and the next are derived */
     float scale;
 } Heads;
 
@@ -312,6 +312,7 @@ static Heads sizes(long B, long T, long C, long H, int causal, long diffusing, f
     return (Heads){B, T, C, H, causal, diffusing, alpha, lambda, d, up(T, PANEL), up(d, PANEL), 1 / sqrtf(d)};
 }
 
+/* What `attend_backward`, which needs more than `attend`, takes; 16 for the rounding of each */
 static long attention_floats(const Heads *s) { return 2 * s->padded_T * s->d + 2 * s->T * s->padded_d + 2 * PANEL * (s->padded_T + s->padded_d) + 16 * 8; }
 
 /* Products q k of `count` keys to probabilities with the largest product and the sum's inverse in soft, both found here if `find`; 0 from there to
@@ -398,7 +399,6 @@ static void attend_backward(const Heads *s, int diffuses, const float *qkv, cons
 
 /* ---------------------------------------------------------------------------------------------------------------------------------
    Branches. Each returns 0 if there is no memory, else 1. Gradients of weights that nobody asks for are NULL. */
-
 
 int attention_forward(long B, long T, long C, long H, int causal, long diffusing, float alpha, float lambda, int half, const float *x,
                       const float *gain, const float *w_qkv, const float *w_out, float *n, float *stats, float *qkv, float *soft, float *y,
